@@ -19,20 +19,6 @@ class GunnLayer(StackedLayer):
 
     __doc__ = (__doc__ or "") + "\n\n" + (StackedLayer.__doc__ or "").split("\n\n", 1)[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Update the segments of a feature map.
-
-        Args:
-            x: ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides. Not modified.
-
-        Returns:
-            ``(B, N, H, W)``, dtype and memory format of ``x``; under autocast, the autocast dtype.
-
-        Raises:
-            ValueError: Rank, channel count, size or dtype do not fit; one value per channel in training.
-            RuntimeError: The batch norms of the layer are in mixed modes, or no kernel was built for the device.
-        """
-        self.check_input(x)
-        if not self.gradual:
-            return simultaneous_layer(x, self)
-        return ops.gunn_layer(x, self)
+    def update(self, x: Tensor) -> Tensor:
+        """Compute the layer on a checked input, autocast already applied."""
+        return ops.gunn_layer(x, self) if self.gradual else simultaneous_layer(x, self)

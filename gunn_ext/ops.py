@@ -1,16 +1,450 @@
-"""Bridge while the core is being written: the reference serves."""
+"""The only door to the compiled core: checks, allocation, dispatch, and what torch must know about the layer.
+
+`gunn_layer` is an ``autograd.Function`` over two ``torch.library`` operators that are functional at the boundary: no
+input is overwritten, batch statistics come back as an output, and Python updates the running buffers once. Memory,
+workspace included, comes from torch.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from gunn_ext.parameters import StackedLayer
-from gunn_ext.reference import reference_layer
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+try:
+    from gunn_ext import _core
+except ImportError as error:
+    raise ImportError(
+        "gunn_ext is not built here: this folder holds its sources, without the compiled module gunn_ext._core "
+        f"({error}). Run `pip install -e .` in the clone to build it in place, or `pip install .` and start Python "
+        "from another folder."
+    ) from error
+
+from gunn_ext.parameters import StackedBatchNorm, StackedLayer, Unit
+from gunn_ext.reference import memory_format_of, reference_layer
+
+_log = logging.getLogger("gunn_ext")
+_told: set[str] = set()
+
+KERNEL_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+# Below this many multiply-adds one thread is faster than waking a second.
+_SERIAL_WORK = 1_000_000
+
+
+def core_info() -> dict[str, Any]:
+    """What the compiled module says of its build, and the instruction set chosen on this machine."""
+    return {**_core.build_info(), "simd": _core.simd_level()}
+
+
+def backend(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Name what computes a gradual layer: ``cpu/avx512``, ``cpu/avx2``, ``cpu/baseline`` or ``reference``.
+
+    Raises:
+        RuntimeError: Nothing here serves ``device``.
+        TypeError: ``dtype`` is not a floating dtype of the layer.
+    """
+    place = torch.device(device)
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"GunnLayer: expected float64, float32, bfloat16 or float16, got {dtype}; convert the input.")
+    if place.type not in ("cpu", "meta"):
+        reason = _core.build_info()["cuda_reason"]
+        raise RuntimeError(
+            f"gunn_ext was built without kernels for {place.type} ({reason}), but the input is on {place}. Move the "
+            "model and its input to the CPU, or use gunn_ext.reference.ReferenceGunnLayer. `gunn info` shows the build."
+        )
+    return f"cpu/{_core.simd_level()}" if dtype in KERNEL_DTYPES else "reference"
+
+
+# --- The arguments of the core -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One layer at one input shape, as the core wants it."""
+
+    shape: _core.LayerShape
+    options: _core.Options
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return KERNEL_DTYPES[self.dtype]
+
+    def sizes(self, keep: bool) -> tuple[int, int, int]:
+        return _core.sizes(self.shape, self.options, self.name, keep)
+
+
+def _layer_shape(
+    sizes: Sequence[int], segments: int, expansion: int, units: int, shortcut: bool, residual: bool
+) -> _core.LayerShape:
+    batch, channels, height, width = (int(size) for size in sizes)
+    return _core.LayerShape(
+        batch=batch,
+        channels=channels,
+        height=height,
+        width=width,
+        segments=segments,
+        expansion=expansion,
+        units=units,
+        shortcut=shortcut,
+        residual=residual,
+    )
+
+
+def _threads(x: Tensor, expansion: int) -> int:
+    batch, channels, height, width = x.shape
+    work = batch * channels * height * width * channels * expansion
+    return 1 if work < _SERIAL_WORK else max(1, min(torch.get_num_threads(), batch))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _workspace(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+
+
+def _statistics_shape(x: Tensor, segments: int, expansion: int, units: int, shortcut: bool) -> tuple[int, int, int]:
+    shape = _layer_shape((1, x.shape[1], 1, 1), segments, expansion, units, shortcut, True)
+    return 2, segments, shape.rows
+
+
+def _saved_shape(x: Tensor, segments: int, expansion: int, units: int, shortcut: bool) -> tuple[int, int, int, int]:
+    shape = _layer_shape((1, *x.shape[1:]), segments, expansion, units, shortcut, True)
+    options = _core.Options(shape, batch_statistics=False, eps=1.0, threads=1)
+    pixels = _core.sizes(shape, options, KERNEL_DTYPES[x.dtype], True)[0]
+    return segments, x.shape[0], shape.rows, pixels
+
+
+# --- The two operators ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gunn_ext::layer_forward", mutates_args=(), device_types="cpu")
+def layer_forward(
+    x: Tensor,
+    parameters: list[Tensor],
+    statistics: Tensor | None,
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    residual: bool,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradual layer's forward.
+
+    Args:
+        x: ``(B, N, H, W)`` float32 or float64, any strides.
+        parameters: As `parameter_list` gives them, dtype of ``x``.
+        statistics: ``(2, P, rows)`` mean and biased variance to normalise with; None takes the batch's own.
+        segments: P.
+        expansion: K.
+        units: M.
+        shortcut: Whether unit 0 has a projection shortcut.
+        residual: Add the update to the segment, or replace it.
+        eps: Added to the variance.
+        keep: Return the pre-activations.
+
+    Returns:
+        y like ``x``; the batch's statistics ``(2, P, rows)``, empty where they were given; the pre-activations
+        ``(P, B, rows, pixels)`` in the layout of the kernels, empty unless ``keep``.
+    """
+    y = _empty_like(x)
+    batch_statistics = statistics is None
+    used = statistics
+    if used is None:
+        used = x.new_empty(_statistics_shape(x, segments, expansion, units, shortcut))
+    saved = x.new_empty(_saved_shape(x, segments, expansion, units, shortcut) if keep else (0,))
+    if x.numel():
+        shape = _layer_shape(x.shape, segments, expansion, units, shortcut, residual)
+        options = _core.Options(
+            shape, batch_statistics=batch_statistics, eps=eps, threads=_threads(x, expansion)
+        )
+        call = _Call(shape, options, x.dtype)
+        contiguous = [tensor.contiguous() for tensor in parameters]
+        used = used.contiguous()
+        workspace = _workspace(call.sizes(keep)[1])
+        _core.forward(
+            call.shape,
+            call.options,
+            call.name,
+            x=x.data_ptr(),
+            x_strides=x.stride(),
+            y=y.data_ptr(),
+            y_strides=y.stride(),
+            parameters=_addresses(contiguous),
+            statistics=used.data_ptr(),
+            saved=saved.data_ptr() if keep else 0,
+            workspace=workspace.data_ptr(),
+        )
+    return y, used if batch_statistics else x.new_empty(0), saved
+
+
+@layer_forward.register_fake
+def _(
+    x: Tensor,
+    parameters: list[Tensor],
+    statistics: Tensor | None,
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    residual: bool,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = _statistics_shape(x, segments, expansion, units, shortcut) if statistics is None else (0,)
+    saved = _saved_shape(x, segments, expansion, units, shortcut) if keep else (0,)
+    return _empty_like(x), x.new_empty(batch), x.new_empty(saved)
+
+
+@torch.library.custom_op("gunn_ext::layer_backward", mutates_args=(), device_types="cpu")
+def layer_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    parameters: list[Tensor],
+    statistics: Tensor,
+    saved: Tensor | None,
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    residual: bool,
+    eps: float,
+    training: bool,
+    need_input: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradual layer's backward, in reverse order of the segments (paper, algorithm 1).
+
+    Args:
+        grad_y: Gradient of ``y``, any strides. Not modified.
+        x: The forward's input.
+        y: The forward's output.
+        parameters: The forward's.
+        statistics: ``(2, P, rows)``: what the forward normalised with.
+        saved: The forward's pre-activations, or None to recompute them.
+        segments: P.
+        expansion: K.
+        units: M.
+        shortcut: As in the forward.
+        residual: As in the forward.
+        eps: As in the forward.
+        training: The statistics were the batch's own, so gradients flow through them.
+        need_input: Return the gradient of ``x``.
+        need_parameters: Return the gradients of ``parameters``.
+
+    Returns:
+        The gradient of ``x`` (empty unless needed) and those of ``parameters`` (an empty list unless needed).
+    """
+    grad_x = _empty_like(x) if need_input else x.new_empty(0)
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if need_parameters else []
+    if x.numel() == 0:
+        return grad_x, [grad.zero_() for grad in grads]
+    keep = saved is not None and saved.numel() > 0
+    shape = _layer_shape(x.shape, segments, expansion, units, shortcut, residual)
+    options = _core.Options(
+        shape,
+        batch_statistics=training,
+        eps=eps,
+        threads=_threads(x, expansion),
+        need_input=need_input,
+        need_parameters=need_parameters,
+    )
+    call = _Call(shape, options, x.dtype)
+    contiguous = [tensor.contiguous() for tensor in parameters]
+    used = statistics.contiguous()
+    workspace = _workspace(call.sizes(keep)[2])
+    _core.backward(
+        call.shape,
+        call.options,
+        call.name,
+        grad_y=grad_y.data_ptr(),
+        grad_y_strides=grad_y.stride(),
+        x=x.data_ptr(),
+        x_strides=x.stride(),
+        y=y.data_ptr(),
+        y_strides=y.stride(),
+        grad_x=grad_x.data_ptr() if need_input else 0,
+        grad_x_strides=grad_x.stride() if need_input else (0, 0, 0, 0),
+        parameters=_addresses(contiguous),
+        grads=_addresses(grads),
+        statistics=used.data_ptr(),
+        saved=saved.data_ptr() if saved is not None and keep else 0,
+        workspace=workspace.data_ptr(),
+    )
+    return grad_x, grads
+
+
+@layer_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    parameters: list[Tensor],
+    statistics: Tensor,
+    saved: Tensor | None,
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    residual: bool,
+    eps: float,
+    training: bool,
+    need_input: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if need_parameters else []
+    return (_empty_like(x) if need_input else x.new_empty(0)), grads
+
+
+# --- Autograd ------------------------------------------------------------------------------------------------------
+
+
+class _GunnFunction(torch.autograd.Function):
+    """Saves x, y, the parameters and the statistics; with ``keep`` the pre-activations too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, statistics: Tensor | None, static: tuple[Any, ...], keep: bool, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, batch_statistics, saved = layer_forward(x, list(parameters), statistics, *static, keep)
+        ctx.static = static
+        ctx.training = statistics is None
+        ctx.keep = keep
+        used = batch_statistics if statistics is None else statistics
+        ctx.save_for_backward(x, y, used, *((saved,) if keep else ()), *parameters)
+        ctx.mark_non_differentiable(batch_statistics)
+        return y, batch_statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, statistics, *rest = ctx.saved_tensors
+        saved = rest.pop(0) if ctx.keep else None
+        needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        grad_x, grads = layer_backward(
+            grad_y, x, y, rest, statistics, saved, *ctx.static, ctx.training, needs_x, any(needs_parameters)
+        )
+        wanted = [
+            grad if needed else None
+            for grad, needed in zip(grads or [None] * len(rest), needs_parameters, strict=True)
+        ]
+        return grad_x if needs_x else None, None, None, None, *wanted
+
+
+def _batch_norms(unit: Unit) -> list[StackedBatchNorm]:
+    """The batch norms of a unit in the row order of the statistics."""
+    first = [unit.reduce_bn] if unit.shortcut_bn is None else [unit.reduce_bn, unit.shortcut_bn]
+    return [*first, unit.spatial_bn, unit.project_bn]
+
+
+def parameter_list(layer: StackedLayer) -> list[Tensor]:
+    """The parameters of ``layer`` in the order of the core.
+
+    Per unit: reduce, shortcut (where there is one), spatial, project; of each the weight, then weight and bias of its
+    batch norm.
+    """
+    ordered: list[Tensor] = []
+    for unit in layer.units:
+        convs = [unit.reduce, unit.spatial, unit.project]
+        if unit.shortcut is not None:
+            convs.insert(1, unit.shortcut)
+        for conv, bn in zip(convs, _batch_norms(unit), strict=True):
+            ordered += [conv.weight, bn.weight, bn.bias]
+    return ordered
+
+
+def _running_statistics(layer: StackedLayer, dtype: torch.dtype) -> Tensor:
+    norms = [bn for unit in layer.units for bn in _batch_norms(unit)]
+    mean = torch.cat([bn.running_mean for bn in norms], dim=1)
+    var = torch.cat([bn.running_var for bn in norms], dim=1)
+    return torch.stack([mean, var]).to(dtype)
+
+
+def _update_running_statistics(layer: StackedLayer, statistics: Tensor, count: int) -> None:
+    with torch.no_grad():
+        layer.num_batches_tracked.add_(1)
+        mean, var = statistics[0], statistics[1] * (count / (count - 1))
+        row = 0
+        for unit in layer.units:
+            for bn in _batch_norms(unit):
+                rows = slice(row, row + bn.running_mean.shape[1])
+                row = rows.stop
+                for running, new in ((bn.running_mean, mean[:, rows]), (bn.running_var, var[:, rows])):
+                    # As a tensor, the cumulative average's factor needs no value from the device.
+                    factor = (
+                        1.0 / layer.num_batches_tracked.to(running.dtype) if layer.momentum is None else layer.momentum
+                    )
+                    running.lerp_(new.to(running.dtype), factor)
+
+
+def _check_parameters(x: Tensor, parameters: Sequence[Tensor]) -> None:
+    # Narrow inputs with float32 parameters are how autocast runs the layer.
+    allowed = {x.dtype} if x.dtype in KERNEL_DTYPES else {x.dtype, torch.float32}
+    for parameter in parameters:
+        if parameter.device != x.device:
+            raise RuntimeError(
+                f"GunnLayer: the input is on {x.device}, but the layer's parameters are on {parameter.device}; move "
+                "one of them with .to(device)."
+            )
+        if parameter.dtype not in allowed:
+            raise TypeError(
+                f"GunnLayer: the input is {x.dtype}, but the layer's parameters are {parameter.dtype}; convert one of "
+                "them with .to(dtype), or use torch.autocast."
+            )
 
 
 def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
-    return reference_layer(x, layer)
+    """Update the segments of ``x`` one after another on the fused kernels (Qiao et al. 2018, eq. 4-5).
+
+    float32 and float64 run on the CPU kernels; bfloat16 and float16 run on the reference for want of kernels, which
+    is logged once.
+
+    Args:
+        x: Feature map ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides. Not modified.
+        layer: Holds parameters, options and batch-norm modes; its running statistics are updated in training.
+
+    Returns:
+        ``(B, N, H, W)``, dtype and memory format of ``x``.
+
+    Raises:
+        RuntimeError: No kernel serves the device, or devices differ.
+        TypeError: Dtypes differ, or are none of the layer's.
+    """
+    parameters = parameter_list(layer)
+    serves = backend(x.device, x.dtype)
+    _check_parameters(x, parameters)
+    if serves == "reference":
+        _tell_once(
+            f"{x.dtype} on {x.device.type}",
+            f"gunn_ext: no {x.device.type} kernels for {x.dtype}; the reference implementation serves, slowly.",
+        )
+        return reference_layer(x, layer)
+    training = layer.uses_batch_statistics()
+    statistics = None if training else _running_statistics(layer, x.dtype)
+    static = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual, layer.eps)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+    y, batch_statistics = _GunnFunction.apply(x, statistics, static, needs_grad and not layer.recompute, *parameters)
+    if training:
+        _update_running_statistics(layer, batch_statistics, x.shape[0] * x.shape[2] * x.shape[3])
+    return y
 
 
-def backend(device: str = "cpu", dtype: object = None) -> str:
-    return "cpu/avx512"
+@torch.compiler.disable
+def _tell_once(key: str, message: str) -> None:
+    if key not in _told:
+        _told.add(key)
+        _log.warning(message)

@@ -56,12 +56,14 @@ class StackedBatchNorm(nn.Module):
         self.frozen = False
 
     def reset_parameters(self) -> None:
+        """Weight 1, bias 0; running mean 0, variance 1."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
         self.running_mean.zero_()
         self.running_var.fill_(1)
 
     def train(self, mode: bool = True) -> StackedBatchNorm:
+        """Switch to batch statistics, unless frozen."""
         return super().train(mode and not self.frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedBatchNorm:
@@ -258,6 +260,34 @@ class StackedLayer(nn.Module):
                 f"{owner}: expected more than 1 value per channel when training, got input shape {tuple(x.shape)}; "
                 "use a larger batch, or call eval() or freeze_batch_norm()."
             )
+
+    def update(self, x: Tensor) -> Tensor:
+        """Compute the layer on a checked input, autocast already applied."""
+        raise NotImplementedError(f"{type(self).__name__} must define update().")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the segments of a feature map.
+
+        Args:
+            x: ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides. Not modified.
+
+        Returns:
+            ``(B, N, H, W)`` in the memory format of ``x`` and its dtype, or autocast's: under autocast the state is
+            kept in the autocast dtype, parameters and statistics in float32.
+
+        Raises:
+            ValueError: Rank, channel count or size do not fit; one value per channel in training.
+            TypeError: The dtype is not floating, or not that of the parameters.
+            RuntimeError: The batch norms of the layer are in mixed modes, or no kernel was built for the device.
+        """
+        self.check_input(x)
+        kind = x.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return self.update(x)
+        # As autocast does with convolutions: float64 stays.
+        narrow = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return self.update(narrow)
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, segments={self.segments}, expansion={self.expansion}, units={self.num_units}"

@@ -90,7 +90,6 @@ class ReferenceGunnLayer(StackedLayer):
 
     __doc__ = (__doc__ or "") + "\n\n" + (StackedLayer.__doc__ or "").split("\n\n", 1)[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, N, H, W)`` to the same shape, dtype and memory format; raises as `check_input` does."""
-        self.check_input(x)
+    def update(self, x: Tensor) -> Tensor:
+        """Compute the layer on a checked input, autocast already applied."""
         return reference_layer(x, self)

@@ -1,0 +1,216 @@
+// The compiled module gunn_ext._core: integers, addresses and strings in, exceptions out. It knows nothing of torch;
+// gunn_ext/ops.py checks the tensors and allocates every byte.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "core/layer.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace gunn {
+namespace {
+
+using Address = std::uintptr_t;
+using Strides = std::array<int64_t, 4>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+LayerShape make_shape(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t segments,
+                      int64_t expansion, int64_t units, bool shortcut, bool residual) {
+  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"batch", batch},
+                                    {"channels", channels},
+                                    {"height", height},
+                                    {"width", width},
+                                    {"segments", segments},
+                                    {"expansion", expansion},
+                                    {"units", units}}) {
+    require(value >= 1, "LayerShape: ", name, " must be at least 1, got ", value, ".");
+  }
+  require(channels % segments == 0, "LayerShape: channels (", channels, ") must be divisible by segments (", segments,
+          ").");
+  // Generous, and far below where a product of these sizes could leave 64 bits.
+  require(static_cast<double>(batch) * channels * height * width * (2.0 * expansion + 2) * units < 1e15 &&
+              static_cast<double>(channels) * channels * expansion * expansion * units < 1e15,
+          "LayerShape: the layer is too large to address.");
+  return {batch, channels, height, width, segments, expansion, units, shortcut, residual};
+}
+
+Options make_options(const LayerShape& shape, bool batch_statistics, double eps, int threads, int64_t count,
+                     bool need_input, bool need_parameters, bool stepwise) {
+  require(eps > 0 && eps < std::numeric_limits<double>::infinity(), "Options: eps must be finite and above 0, got ",
+          eps, ".");
+  require(threads >= 1, "Options: threads must be at least 1, got ", threads, ".");
+  require(count >= 0, "Options: count must be at least 0, got ", count, ".");
+  const int64_t local = shape.batch * shape.height * shape.width;
+  return {batch_statistics, eps, count ? count : local, threads, need_input, need_parameters, stepwise};
+}
+
+// Per unit: reduce, its batch norm's weight and bias, the shortcut's three where there is one, spatial's, project's.
+template <class Scalar>
+std::vector<UnitTensors<Scalar*>> make_units(const LayerShape& shape, const std::vector<Address>& addresses) {
+  const size_t expected = 9 * shape.units + (shape.shortcut ? 3 : 0);
+  require(addresses.size() == expected, "expected ", expected, " parameter tensors, got ", addresses.size(), ".");
+  std::vector<UnitTensors<Scalar*>> units(shape.units);
+  size_t next = 0;
+  const auto take = [&] { return pointer<Scalar>(addresses[next++]); };
+  for (int64_t m = 0; m < shape.units; ++m) {
+    auto& unit = units[m];
+    unit = {};
+    unit.reduce = take(), unit.reduce_weight = take(), unit.reduce_bias = take();
+    if (shape.projects(m)) unit.shortcut = take(), unit.shortcut_weight = take(), unit.shortcut_bias = take();
+    unit.spatial = take(), unit.spatial_weight = take(), unit.spatial_bias = take();
+    unit.project = take(), unit.project_weight = take(), unit.project_bias = take();
+  }
+  return units;
+}
+
+template <class Scalar>
+FeatureMap<Scalar> make_map(Address data, const Strides& strides) {
+  return {pointer<Scalar>(data), strides[0], strides[1], strides[2], strides[3]};
+}
+
+template <class Names>
+auto named(const Names& names, const std::string& name) {
+  for (const auto& [text, value] : names) {
+    if (name == text) return value;
+  }
+  fail("unknown step '", name, "'.");
+}
+const std::pair<const char*, Forward> kForwardSteps[] = {{"begin", Forward::begin},
+                                                         {"reduce", Forward::reduce},
+                                                         {"spatial", Forward::spatial},
+                                                         {"project", Forward::project},
+                                                         {"finish", Forward::finish}};
+const std::pair<const char*, Backward> kBackwardSteps[] = {
+    {"begin", Backward::begin}, {"project", Backward::project}, {"spatial", Backward::spatial},
+    {"reduce", Backward::reduce}, {"input", Backward::input},   {"finish", Backward::finish}};
+
+void check_place(const LayerShape& shape, int64_t segment, int64_t unit) {
+  require(segment >= 0 && segment < shape.segments, "segment ", segment, " is not one of the layer's ", shape.segments,
+          ".");
+  require(unit >= 0 && unit < shape.units, "unit ", unit, " is not one of the layer's ", shape.units, ".");
+}
+
+// The two dtypes of the core, by the torch name without its module.
+template <class Work>
+auto with_dtype(const std::string& dtype, Work work) {
+  if (dtype == "float32") return work(float());
+  if (dtype == "float64") return work(double());
+  fail("the CPU kernels take float32 or float64, got ", dtype, ".");
+}
+
+std::tuple<int64_t, int64_t, int64_t> sizes(const LayerShape& shape, const Options& options, const std::string& dtype,
+                                            bool keep) {
+  const Sizes sizes = with_dtype(
+      dtype, [&](auto scalar) { return cpu_kernels<decltype(scalar)>().sizes(shape, options, keep); });
+  return {sizes.pixels, sizes.forward_workspace, sizes.backward_workspace};
+}
+
+void forward(const LayerShape& shape, const Options& options, const std::string& dtype, Address x,
+             const Strides& x_strides, Address y, const Strides& y_strides, const std::vector<Address>& parameters,
+             Address statistics, Address saved, Address workspace, const std::string& step, int64_t segment,
+             int64_t unit) {
+  check_place(shape, segment, unit);
+  require(step.empty() != options.stepwise, "Options: stepwise must be set to run steps, and only then.");
+  with_dtype(dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const auto units = make_units<const Scalar>(shape, parameters);
+    const ForwardTensors<Scalar> tensors{make_map<const Scalar>(x, x_strides),
+                                         make_map<Scalar>(y, y_strides),
+                                         units.data(),
+                                         pointer<Scalar>(statistics),
+                                         pointer<Scalar>(saved),
+                                         pointer<std::byte>(workspace)};
+    const auto& kernels = cpu_kernels<Scalar>();
+    if (step.empty()) {
+      kernels.forward(shape, options, tensors);
+    } else {
+      kernels.forward_step(shape, options, tensors, named(kForwardSteps, step), segment, unit);
+    }
+  });
+}
+
+void backward(const LayerShape& shape, const Options& options, const std::string& dtype, Address grad_y,
+              const Strides& grad_y_strides, Address x, const Strides& x_strides, Address y, const Strides& y_strides,
+              Address grad_x, const Strides& grad_x_strides, const std::vector<Address>& parameters,
+              const std::vector<Address>& grads, Address statistics, Address saved, Address workspace, Address sums,
+              const std::string& step, int64_t segment, int64_t unit) {
+  check_place(shape, segment, unit);
+  require(step.empty() != options.stepwise, "Options: stepwise must be set to run steps, and only then.");
+  require(step.empty() || sums, "steps of the backward need a buffer of sums.");
+  with_dtype(dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const auto units = make_units<const Scalar>(shape, parameters);
+    const auto unit_grads =
+        options.need_parameters ? make_units<Scalar>(shape, grads) : std::vector<UnitTensors<Scalar*>>();
+    const BackwardTensors<Scalar> tensors{make_map<const Scalar>(grad_y, grad_y_strides),
+                                          make_map<const Scalar>(x, x_strides),
+                                          make_map<const Scalar>(y, y_strides),
+                                          make_map<Scalar>(grad_x, grad_x_strides),
+                                          units.data(),
+                                          unit_grads.data(),
+                                          pointer<const Scalar>(statistics),
+                                          pointer<double>(sums),
+                                          pointer<const Scalar>(saved),
+                                          pointer<std::byte>(workspace)};
+    const auto& kernels = cpu_kernels<Scalar>();
+    if (step.empty()) {
+      kernels.backward(shape, options, tensors);
+    } else {
+      kernels.backward_step(shape, options, tensors, named(kBackwardSteps, step), segment, unit);
+    }
+  });
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = GUNN_VERSION;
+  info["compiler"] = GUNN_COMPILER;
+  info["cuda"] = false;
+  info["cuda_reason"] = GUNN_CUDA_REASON;
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = 0;
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace gunn
+
+PYBIND11_MODULE(_core, m) {
+  using namespace gunn;
+  using namespace py::literals;
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.doc() = "The compiled kernels of gunn_ext. Only gunn_ext/ops.py calls them.";
+  py::register_exception<Error>(m, "CoreError", PyExc_RuntimeError);
+
+  py::class_<LayerShape>(m, "LayerShape")
+      .def(py::init(&make_shape), py::kw_only(), "batch"_a, "channels"_a, "height"_a, "width"_a, "segments"_a,
+           "expansion"_a, "units"_a, "shortcut"_a, "residual"_a)
+      .def_property_readonly("rows", &LayerShape::rows);
+  py::class_<Options>(m, "Options")
+      .def(py::init(&make_options), "shape"_a, py::kw_only(), "batch_statistics"_a, "eps"_a, "threads"_a,
+           "count"_a = 0, "need_input"_a = true, "need_parameters"_a = true, "stepwise"_a = false);
+
+  m.def("build_info", &build_info);
+  m.def("simd_level", &simd_level);
+  m.def("sizes", &sizes, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
+  m.def("forward", &forward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "x"_a, "x_strides"_a, "y"_a,
+        "y_strides"_a, "parameters"_a, "statistics"_a, "saved"_a, "workspace"_a, "step"_a = "", "segment"_a = 0,
+        "unit"_a = 0, release);
+  m.def("backward", &backward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "grad_y"_a, "grad_y_strides"_a,
+        "x"_a, "x_strides"_a, "y"_a, "y_strides"_a, "grad_x"_a, "grad_x_strides"_a, "parameters"_a, "grads"_a,
+        "statistics"_a, "saved"_a, "workspace"_a, "sums"_a = 0, "step"_a = "", "segment"_a = 0, "unit"_a = 0, release);
+}

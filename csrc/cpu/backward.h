@@ -1,0 +1,567 @@
+// The backward pass: the segments in reverse order, each restored, recomputed and differentiated.
+//
+// Keeps only the layer's input, output and statistics (paper, algorithm 1). For i = P-1 … 0: state[c_i] ← x[c_i];
+// recompute the pre-activations (or take the saved ones); then per unit, last to first:
+//
+//   project   d = gradient of the unit's output; sums of d and d·(z3 - mean)                          | exchange
+//   spatial   dz3; dh2 = W3ᵀ dz3 through the ReLU; dW3; sums for z2's batch norm                      | exchange
+//   reduce    dz2; dW2; dh1 = its transposed convolution through the ReLU; sums for z1's batch norm   | exchange
+//   input     dz1 (and the shortcut's dz); G += W1ᵀ dz1; dW1
+//
+// Every exchange is one barrier; none is needed after `input`, which touches the thread's own images only. Gradients of
+// the weights are summed by each thread over its images (channels in lanes, so no horizontal sums), and over threads in
+// order after the next barrier; two sets of buffers take turns.
+//
+// The state's transpose for dW1 is made a few tiles at a time: it costs about a tenth of that product and saves a copy
+// of the state as large as x.
+#pragma once
+
+#include "cpu/stages.h"
+
+namespace gunn {
+namespace {
+
+template <class Scalar>
+class BackwardPass {
+ public:
+  BackwardPass(const LayerShape& shape, const Options& options, const BackwardTensors<Scalar>& tensors)
+      : shape_(shape), options_(options), tensors_(tensors), stages_(shape, tensors.units) {
+    Arena arena(tensors.workspace);
+    // The saved pre-activations are only read; one buffer type serves both cases.
+    take(arena, const_cast<Scalar*>(tensors.saved));
+  }
+
+  static int64_t workspace_bytes(const LayerShape& shape, const Options& options, bool kept) {
+    BackwardPass pass(shape, options);
+    Arena arena(nullptr);
+    Scalar pretend;
+    pass.take(arena, kept ? &pretend : nullptr);
+    return arena.bytes();
+  }
+
+  void run(const Team& team) {
+    begin(team);
+    pack(shape_.segments - 1, team.index, team.size);
+    team.barrier();
+    for (int64_t i = shape_.segments - 1; i >= 0; --i) {
+      for (int64_t m = shape_.units - 1; m >= 0; --m) {
+        const bool enters = m == shape_.units - 1;
+        project(team, i, m);
+        team.barrier();
+        if (enters && i + 1 < shape_.segments) combine_weights(team, i + 1);
+        if (enters && i > 0) pack(i - 1, team.index, team.size);
+        spatial(team, i, m);
+        team.barrier();
+        reduce(team, i, m);
+        team.barrier();
+        input(team, i, m);
+      }
+    }
+    finish(team);
+  }
+
+  void step(const Team& team, Backward which, int64_t i, int64_t m) {
+    if (which == Backward::begin) begin(team);
+    if (which == Backward::finish) finish(team);
+    if (which == Backward::project) {
+      if (m == shape_.units - 1) {
+        pack(i, team.index, team.size);
+        team.barrier();
+        if (i + 1 < shape_.segments) combine_weights(team, i + 1);
+      }
+      project(team, i, m);
+      publish(team, 0, i, m);
+    }
+    if (which == Backward::spatial) {
+      spatial(team, i, m);
+      publish(team, 1, i, m);
+    }
+    if (which == Backward::reduce) {
+      reduce(team, i, m);
+      publish(team, 2, i, m);
+    }
+    if (which == Backward::input) input(team, i, m);
+  }
+
+ private:
+  static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+
+  // One thread's weight gradients of one segment, per unit: dW1 [input group][row][T], dW2 [dy][o][lanes], dW3 [s][lanes].
+  struct GradientLayout {
+    int64_t spatial_lanes, project_lanes;
+    int64_t spatial[2], project[2], unit_size[2];
+    explicit GradientLayout(const LayerShape& shape) {
+      const int64_t k = shape.hidden(), s = shape.segment();
+      spatial_lanes = round_up(3 * k, L);
+      project_lanes = round_up(k, L);
+      for (int64_t m = 0; m < 2; ++m) {
+        spatial[m] = round_up(shape.inputs(m), T) * (k + (shape.projects(m) ? s : 0));
+        project[m] = spatial[m] + 3 * k * spatial_lanes;
+        unit_size[m] = round_up(project[m] + s * project_lanes, 16);
+      }
+    }
+    int64_t at(int64_t m) const { return m == 0 ? 0 : unit_size[0] + (m - 1) * unit_size[1]; }
+  };
+
+  struct Own {
+    Scratch<Scalar> scratch;
+    PaddedImage<Scalar> padded;     // dz2 for the transposed convolution
+    Slope<Scalar> slope;            // of the exchange just settled
+    Scalar* gradient;               // rows of one tile
+    Scalar* hidden_pixels;          // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
+    Scalar* gradient_pixels;        // dz with pixels outermost
+    Scalar* input_pixels;           // a few tiles of the input, [input group][pixel][T]
+    Scalar* weights[2];             // gradients of the weights, for even and odd segments
+
+    Own(const LayerShape& shape, const Geometry<Scalar>& geometry)
+        : scratch(shape, geometry), padded(geometry, shape.hidden()) {}
+  };
+
+  BackwardPass(const LayerShape& shape, const Options& options)
+      : shape_(shape), options_(options), stages_(shape, nullptr) {}
+
+  void take_own(Own& own, Arena& arena) const {
+    const auto& geometry = stages_.geometry;
+    const int64_t k = shape_.hidden(), s = shape_.segment();
+    own.scratch.take(shape_, arena);
+    own.padded.data = arena.take<Scalar>(own.padded.size());
+    own.slope.take(arena, k + 2 * s);
+    own.gradient = arena.take<Scalar>((k + s) * T);
+    own.hidden_pixels = arena.take<Scalar>(hidden_pixels_size());
+    own.gradient_pixels = arena.take<Scalar>(larger(geometry.pixels * k, chunk_tiles_ * T * (k + s)));
+    own.input_pixels = arena.take<Scalar>(input_pixels_size());
+    for (auto& weights : own.weights) weights = arena.take<Scalar>(gradients_.at(shape_.units));
+  }
+  Own own(int thread) const {
+    Own own(shape_, stages_.geometry);
+    Arena arena(own_ + thread * own_step_);
+    take_own(own, arena);
+    return own;
+  }
+  int64_t hidden_pixels_size() const {
+    // One vector beyond the end: the last window is rounded up to whole vectors.
+    return (stages_.geometry.rows + 2) * hidden_line() + 2 * T;
+  }
+  // Also holds one tile of relu(bn(z2)), which is wider than the input where K is large and P small.
+  int64_t input_pixels_size() const {
+    return T * larger(round_up(shape_.channels, T) * chunk_tiles_, gradients_.project_lanes);
+  }
+  int64_t hidden_line() const { return (stages_.geometry.row + 2) * shape_.hidden(); }
+
+  void take(Arena& arena, Scalar* saved) {
+    const int64_t threads = options_.threads, slots = shape_.batch, pixels = stages_.geometry.pixels;
+    const int64_t k = shape_.hidden(), s = shape_.segment();
+    kept_ = saved != nullptr;
+    stages_.take(arena, slots);
+    auto& z = stages_.z;
+    z.pixels = pixels;
+    z.slot_step = shape_.rows() * pixels;
+    if (saved) {
+      z.segment_step = shape_.batch * z.slot_step;
+      z.data = saved;
+    } else {
+      z.data = arena.take<Scalar>(slots * z.slot_step);
+    }
+    gradient_ = arena.take<Scalar>(slots * pixels * shape_.channels);
+    update_ = arena.take<Scalar>(slots * pixels * s);
+    hidden_ = arena.take<Scalar>(slots * pixels * k);
+    shortcut_ = arena.take<Scalar>(shape_.shortcut ? slots * pixels * s : 0);
+    packed_step_ = round_up(stages_.packed_layout.segment(shape_.units), 16);
+    packed_ = arena.take<Scalar>(2 * packed_step_);
+    transposed_ = arena.take<Scalar>(2 * packed_step_);
+    for (auto& slot : partials_) slot = arena.take<double>(threads * 2 * (k + 2 * s));
+    // As many tiles as keep the transposed input within a fraction of the second-level cache.
+    constexpr int64_t kChunkBytes = 128 * 1024;
+    const int64_t tile_bytes = round_up(shape_.channels, T) * T * static_cast<int64_t>(sizeof(Scalar));
+    chunk_tiles_ = smaller(stages_.geometry.tiles, larger(1, kChunkBytes / tile_bytes));
+    Arena one(nullptr);
+    Own own(shape_, stages_.geometry);
+    take_own(own, one);
+    own_step_ = one.bytes();
+    own_ = arena.take<std::byte>(threads * own_step_);
+  }
+
+  Scalar* gradient_tile(int64_t image, int64_t tile) const {
+    return gradient_ + (image * stages_.geometry.tiles + tile) * shape_.channels * T;
+  }
+  Scalar* update_tile(int64_t image, int64_t tile) const {
+    return update_ + (image * stages_.geometry.tiles + tile) * shape_.segment() * T;
+  }
+  Scalar* hidden_tile(int64_t image, int64_t tile) const {
+    return hidden_ + (image * stages_.geometry.tiles + tile) * shape_.hidden() * T;
+  }
+  Scalar* shortcut_tile(int64_t image, int64_t tile) const {
+    return shortcut_ + (image * stages_.geometry.tiles + tile) * shape_.segment() * T;
+  }
+  Scalar* packed(int64_t i) const { return packed_ + i % 2 * packed_step_; }
+  // Packed for the gradients, in the layout of the forward's: W1ᵀ (and the shortcut's), the rotated 3x3, W3ᵀ.
+  Scalar* transposed(int64_t i) const { return transposed_ + i % 2 * packed_step_; }
+  const typename Simd<Scalar>::Int* mask(int64_t tile) const { return stages_.mask + tile * T; }
+
+  void pack(int64_t i, int64_t part, int64_t parts) const {
+    if (!kept_) stages_.pack(i, packed(i), part, parts);
+    const int64_t k = shape_.hidden(), s = shape_.segment();
+    for (int64_t m = 0; m < shape_.units; ++m) {
+      const auto& unit = tensors_.units[m];
+      const int64_t n = shape_.inputs(m), kind = m > 0;
+      Scalar* to = transposed(i) + stages_.packed_layout.at(m);
+      const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
+      pack_rows(to, n, stages_.reduce_rows(m), part, parts,
+                [&](int64_t r, int64_t c) { return c < k ? reduce[c * n + r] : shortcut[(c - k) * n + r]; });
+      const Scalar* spatial = unit.spatial + i * k * k * 9;
+      pack_rows(to + stages_.packed_layout.unit[kind][1], k, k * 9, part, parts,
+                [&](int64_t r, int64_t c) { return spatial[((c / 9) * k + r) * 9 + 8 - c % 9]; });
+      const Scalar* project = unit.project + i * s * k;
+      pack_rows(to + stages_.packed_layout.unit[kind][2], k, s, part, parts,
+                [&](int64_t r, int64_t c) { return project[c * k + r]; });
+    }
+  }
+
+  void begin(const Team& team) const {
+    if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);
+    for (int thread = team.index; thread < options_.threads; thread += team.size) {
+      const Own mine = own(thread);
+      for (int64_t j = 0; j < mine.padded.size(); ++j) mine.scratch.padded.data[j] = mine.padded.data[j] = 0;
+      for (int64_t j = 0; j < hidden_pixels_size(); ++j) mine.hidden_pixels[j] = 0;
+      for (int64_t j = 0; j < input_pixels_size(); ++j) mine.input_pixels[j] = 0;
+    }
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+        load_tile(stages_.geometry, tensors_.y, image, tile, 0, shape_.channels, stages_.state_tile(image, tile));
+        load_tile(stages_.geometry, tensors_.grad_y, image, tile, 0, shape_.channels, gradient_tile(image, tile));
+      }
+    }
+  }
+
+  void set_affine(const Own& mine, int64_t i) const {
+    const int64_t rows = shape_.rows();
+    const Scalar *mean = tensors_.statistics + i * rows, *var = tensors_.statistics + (shape_.segments + i) * rows;
+    for (int64_t row = 0; row < rows; ++row) {
+      stages_.set_affine(mine.scratch.affine, i, row, mean[row], var[row], options_.eps);
+    }
+  }
+
+  // Segment i as its update saw it: the state before it, and everything the update computed from that.
+  void restore(const Own& mine, int64_t i, int64_t image) const {
+    const int64_t s = shape_.segment(), tiles = stages_.geometry.tiles;
+    const auto& affine = mine.scratch.affine;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      load_tile(stages_.geometry, tensors_.x, image, tile, i * s, s, stages_.state_tile(image, tile) + i * s * T);
+    }
+    for (int64_t m = 0; m < shape_.units; ++m) {
+      if (!kept_) {
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          stages_.reduce_tile_stage(i, m, image, tile, stages_.packed(packed(i), m, 0), nullptr, false);
+        }
+        stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), affine, mine.scratch, nullptr, false);
+        stages_.project(i, m, image, stages_.packed(packed(i), m, 2), affine, mine.scratch, nullptr, false);
+      }
+      if (m < shape_.units - 1) stages_.emit(i, m, image, affine);
+    }
+  }
+
+  // The rows of an exchange: `project` is followed by the shortcut's.
+  struct Exchange {
+    int64_t row[2], rows[2];
+    int64_t total() const { return rows[0] + rows[1]; }
+    int64_t statistics_row(int64_t r) const { return r < rows[0] ? row[0] + r : row[1] + r - rows[0]; }
+  };
+  Exchange exchange(int slot, int64_t m) const {
+    const int64_t k = shape_.hidden(), s = shape_.segment();
+    if (slot == 0) return {{stages_.project_row(m), stages_.shortcut_row()}, {s, shape_.projects(m) ? s : 0}};
+    if (slot == 1) return {{stages_.spatial_row(m), 0}, {k, 0}};
+    return {{stages_.reduce_row(m), 0}, {k, 0}};
+  }
+  double* partial(int slot, int thread) const {
+    return partials_[slot] + thread * 2 * (shape_.hidden() + 2 * shape_.segment());
+  }
+  void post(const Team& team, int slot, const Sums<Scalar>& sums, int64_t rows) const {
+    double* to = partial(slot, team.index);
+    for (int64_t r = 0; r < rows; ++r) {
+      to[2 * r] = sums.first[r];
+      to[2 * r + 1] = sums.second[r];
+    }
+  }
+  void combine(const Team& team, int slot, int64_t r, double* sum, double* product) const {
+    *sum = *product = 0;
+    for (int thread = 0; thread < team.size; ++thread) {
+      *sum += partial(slot, thread)[2 * r];
+      *product += partial(slot, thread)[2 * r + 1];
+    }
+  }
+  double* shared_sum(int64_t i, int64_t row) const { return tensors_.sums + i * shape_.rows() + row; }
+  double* shared_product(int64_t i, int64_t row) const {
+    return tensors_.sums + (shape_.segments + i) * shape_.rows() + row;
+  }
+
+  // Every thread takes over the sums of an exchange: from the posts, or in steps from where they were left.
+  void settle(const Team& team, const Own& mine, int slot, int64_t i, int64_t m) const {
+    const Exchange rows = exchange(slot, m);
+    for (int64_t r = 0; r < rows.total(); ++r) {
+      const int64_t row = rows.statistics_row(r);
+      double sum, product;
+      if (options_.stepwise) {
+        sum = *shared_sum(i, row), product = *shared_product(i, row);
+      } else {
+        combine(team, slot, r, &sum, &product);
+        if (team.index == 0) write_batch_norm_gradient(mine, i, m, row, sum, product);
+      }
+      mine.slope.set(r, mine.scratch.affine, row, sum, product, static_cast<double>(options_.count),
+                     options_.batch_statistics);
+    }
+  }
+  // In steps: gradients from this process's own sums, and the sums where the caller may share them.
+  void publish(const Team& team, int slot, int64_t i, int64_t m) const {
+    team.barrier();
+    if (team.index != 0) return;
+    const Own mine = own(team.index);
+    const Exchange rows = exchange(slot, m);
+    for (int64_t r = 0; r < rows.total(); ++r) {
+      const int64_t row = rows.statistics_row(r);
+      combine(team, slot, r, shared_sum(i, row), shared_product(i, row));
+      write_batch_norm_gradient(mine, i, m, row, *shared_sum(i, row), *shared_product(i, row));
+    }
+  }
+  void write_batch_norm_gradient(const Own& mine, int64_t i, int64_t m, int64_t row, double sum,
+                                 double product) const {
+    if (!options_.need_parameters) return;
+    const int64_t k = shape_.hidden(), s = shape_.segment();
+    const auto& grads = tensors_.grads[m];
+    Scalar *weight, *bias;
+    int64_t at;
+    if (row >= stages_.project_row(m)) {
+      at = i * s + row - stages_.project_row(m), weight = grads.project_weight, bias = grads.project_bias;
+    } else if (row >= stages_.spatial_row(m)) {
+      at = i * k + row - stages_.spatial_row(m), weight = grads.spatial_weight, bias = grads.spatial_bias;
+    } else if (row >= stages_.reduce_row(m) + k) {
+      at = i * s + row - stages_.reduce_row(m) - k, weight = grads.shortcut_weight, bias = grads.shortcut_bias;
+    } else {
+      at = i * k + row - stages_.reduce_row(m), weight = grads.reduce_weight, bias = grads.reduce_bias;
+    }
+    weight[at] = static_cast<Scalar>(product * static_cast<double>(mine.scratch.affine.inverse[row]));
+    bias[at] = static_cast<Scalar>(sum);
+  }
+
+  void project(const Team& team, int64_t i, int64_t m) const {
+    const Own mine = own(team.index);
+    const int64_t s = shape_.segment();
+    const bool enters = m == shape_.units - 1;
+    if (enters || options_.stepwise) set_affine(mine, i);
+    if (enters && options_.need_parameters) {
+      Scalar* weights = mine.weights[i % 2];
+      for (int64_t j = 0; j < gradients_.at(shape_.units); ++j) weights[j] = 0;
+    }
+    const Exchange rows = exchange(0, m);
+    const auto& sums = mine.scratch.sums;
+    const Scalar *mean = mine.scratch.affine.mean + rows.row[0], *shortcut_mean = mine.scratch.affine.mean + rows.row[1];
+    sums.clear(rows.total());
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      if (enters) restore(mine, i, image);
+      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+        Scalar* d = update_tile(image, tile);
+        if (enters) take_gradient(i, image, tile, d);
+        add_gradient_sums<Scalar>(sums, 0, d, stages_.project_tile(i, m, image, tile), mean, s);
+        if (shape_.projects(m)) {
+          add_gradient_sums<Scalar>(sums, s, d, stages_.shortcut_tile(i, image, tile), shortcut_mean, s);
+        }
+      }
+      sums.finish_image(rows.total());
+    }
+    post(team, 0, sums, rows.total());
+  }
+
+  // d = G[c_i], the gradient of the update. NoRes: the segment itself was replaced and gets nothing of it.
+  void take_gradient(int64_t i, int64_t image, int64_t tile, Scalar* d) const {
+    const int64_t s = shape_.segment();
+    Scalar* from = gradient_tile(image, tile) + i * s * T;
+    for (int64_t j = 0; j < s * T; ++j) d[j] = from[j];
+    if (shape_.residual) return;
+    for (int64_t j = 0; j < s * T; ++j) from[j] = 0;
+  }
+
+  void spatial(const Team& team, int64_t i, int64_t m) const {
+    const Own mine = own(team.index);
+    settle(team, mine, 0, i, m);
+    const int64_t k = shape_.hidden(), s = shape_.segment();
+    const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.spatial_row(m));
+    const Scalar* w = stages_.packed(transposed(i), m, 2);
+    const auto& sums = mine.scratch.sums;
+    Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.project[m > 0];
+    sums.clear(k);
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+        const Scalar *d = update_tile(image, tile), *z2 = stages_.spatial_tile(i, m, image, tile);
+        Scalar* d2 = hidden_tile(image, tile);
+        batch_norm_backward<Scalar>(d, stages_.project_tile(i, m, image, tile), affine.mean + stages_.project_row(m),
+                                    mine.slope, 0, s, mask(tile), mine.gradient);
+        if (shape_.projects(m)) {
+          batch_norm_backward<Scalar>(d, stages_.shortcut_tile(i, image, tile), affine.mean + stages_.shortcut_row(),
+                                      mine.slope, s, s, mask(tile), shortcut_tile(image, tile));
+        }
+        gemm_rows<Scalar, Into::store>(w, k, mine.gradient, s, d2);
+        activate_backward<Scalar>(d2, z2, norm, k, mask(tile));
+        add_gradient_sums<Scalar>(sums, 0, d2, z2, norm.mean, k);
+        if (!options_.need_parameters) continue;
+        activate<Scalar>(z2, norm, k, mask(tile), mine.scratch.hidden);
+        transpose_tile<Scalar>(mine.scratch.hidden, k,
+                               [&](int64_t pixel) { return mine.input_pixels + pixel * gradients_.project_lanes; });
+        transpose_tile<Scalar>(mine.gradient, s, [&](int64_t pixel) { return mine.gradient_pixels + pixel * s; });
+        outer_rows<Scalar>({1, T, 0, s, 0, gradients_.project_lanes}, mine.gradient_pixels, s, mine.input_pixels,
+                           gradients_.project_lanes, weights, gradients_.project_lanes);
+      }
+      sums.finish_image(k);
+    }
+    post(team, 1, sums, k);
+  }
+
+  void reduce(const Team& team, int64_t i, int64_t m) const {
+    const Own mine = own(team.index);
+    settle(team, mine, 1, i, m);
+    const auto& geometry = stages_.geometry;
+    const int64_t k = shape_.hidden(), row = geometry.row;
+    const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.reduce_row(m));
+    const Scalar* w = stages_.packed(transposed(i), m, 1);
+    const auto& sums = mine.scratch.sums;
+    Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.spatial[m > 0];
+    sums.clear(k);
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+        batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.spatial_tile(i, m, image, tile),
+                                    affine.mean + stages_.spatial_row(m), mine.slope, 0, k, mask(tile), mine.gradient);
+        stages_.put_tile(mine.padded, tile, mine.gradient);
+        if (!options_.need_parameters) continue;
+        transpose_tile<Scalar>(mine.gradient, k,
+                               [&](int64_t pixel) { return mine.gradient_pixels + (tile * T + pixel) * k; });
+        activate<Scalar>(stages_.reduce_tile(i, m, image, tile), norm, k, mask(tile), mine.scratch.hidden);
+        transpose_tile<Scalar>(mine.scratch.hidden, k, [&](int64_t pixel) {
+          const int64_t at = tile * T + pixel;
+          return mine.hidden_pixels + (at / row + 1) * hidden_line() + (at % row + 1) * k;
+        });
+      }
+      if (options_.need_parameters) {
+        // The three taps of a row are neighbours in memory, so lanes run over (dx, input channel).
+        const PixelRuns runs{geometry.height, row, row * k, k, hidden_line(), k};
+        for (int64_t dy = 0; dy < 3; ++dy) {
+          outer_rows<Scalar>(runs, mine.gradient_pixels, k, mine.hidden_pixels + dy * hidden_line(),
+                             gradients_.spatial_lanes, weights + dy * k * gradients_.spatial_lanes,
+                             gradients_.spatial_lanes);
+        }
+      }
+      for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+        Scalar* d1 = hidden_tile(image, tile);
+        const Scalar* z1 = stages_.reduce_tile(i, m, image, tile);
+        conv3x3_rows<Scalar>(geometry, mine.padded, w, k, tile, d1);
+        activate_backward<Scalar>(d1, z1, norm, k, mask(tile));
+        add_gradient_sums<Scalar>(sums, 0, d1, z1, norm.mean, k);
+      }
+      sums.finish_image(k);
+    }
+    post(team, 2, sums, k);
+  }
+
+  void input(const Team& team, int64_t i, int64_t m) const {
+    const Own mine = own(team.index);
+    settle(team, mine, 2, i, m);
+    const int64_t k = shape_.hidden(), s = shape_.segment(), n = shape_.inputs(m), rows = stages_.reduce_rows(m);
+    const Scalar* mean = mine.scratch.affine.mean + stages_.reduce_row(m);
+    const Scalar* w = stages_.packed(transposed(i), m, 0);
+    Scalar* weights = mine.weights[i % 2] + gradients_.at(m);
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      for (int64_t first = 0; first < stages_.geometry.tiles; first += chunk_tiles_) {
+        const int64_t last = smaller(first + chunk_tiles_, stages_.geometry.tiles);
+        for (int64_t tile = first; tile < last; ++tile) {
+          batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.reduce_tile(i, m, image, tile), mean,
+                                      mine.slope, 0, k, mask(tile), mine.gradient);
+          if (shape_.projects(m)) {
+            const Scalar* from = shortcut_tile(image, tile);
+            for (int64_t j = 0; j < s * T; ++j) mine.gradient[k * T + j] = from[j];
+          }
+          gemm_rows<Scalar, Into::add>(w, n, mine.gradient, rows,
+                                       m == 0 ? gradient_tile(image, tile) : update_tile(image, tile));
+          if (!options_.need_parameters) continue;
+          const int64_t at = (tile - first) * T;
+          transpose_tile<Scalar>(mine.gradient, rows,
+                                 [&](int64_t pixel) { return mine.gradient_pixels + (at + pixel) * rows; });
+          for (int64_t c = 0; c < n; c += T) {
+            Scalar* group = mine.input_pixels + c * chunk_tiles_ * T + at * T;
+            transpose_tile<Scalar>(stages_.input_tile(m, image, tile) + c * T, smaller(T, n - c),
+                                   [&](int64_t pixel) { return group + pixel * T; });
+          }
+        }
+        if (!options_.need_parameters) continue;
+        const PixelRuns runs{1, (last - first) * T, 0, rows, 0, T};
+        for (int64_t c = 0; c < n; c += T) {
+          outer_rows<Scalar>(runs, mine.gradient_pixels, rows, mine.input_pixels + c * chunk_tiles_ * T,
+                             round_up(smaller(T, n - c), L), weights + c * rows, T);
+        }
+      }
+    }
+  }
+
+  // Sums segment i's weight gradients over the threads, in order; each thread takes a share of the rows.
+  void combine_weights(const Team& team, int64_t i) const {
+    if (!options_.need_parameters) return;
+    const int64_t k = shape_.hidden(), s = shape_.segment();
+    const int64_t step = own_step_ / static_cast<int64_t>(sizeof(Scalar));
+    const Scalar* first = own(0).weights[i % 2];
+    const auto sum = [&](int64_t at) {
+      Scalar total = 0;
+      for (int thread = 0; thread < team.size; ++thread) total += first[thread * step + at];
+      return total;
+    };
+    for (int64_t m = 0; m < shape_.units; ++m) {
+      const auto& grads = tensors_.grads[m];
+      const int64_t n = shape_.inputs(m), rows = stages_.reduce_rows(m), base = gradients_.at(m), kind = m > 0;
+      for (int64_t r = team.begin(rows); r < team.end(rows); ++r) {
+        Scalar* to = r < k ? grads.reduce + (i * k + r) * n : grads.shortcut + (i * s + r - k) * n;
+        for (int64_t c = 0; c < n; ++c) to[c] = sum(base + (c / T * rows + r) * T + c % T);
+      }
+      const int64_t spatial = base + gradients_.spatial[kind];
+      for (int64_t o = team.begin(k); o < team.end(k); ++o) {
+        Scalar* to = grads.spatial + (i * k + o) * k * 9;
+        for (int64_t c = 0; c < k; ++c) {
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            to[c * 9 + tap] = sum(spatial + (tap / 3 * k + o) * gradients_.spatial_lanes + tap % 3 * k + c);
+          }
+        }
+      }
+      const int64_t project = base + gradients_.project[kind];
+      for (int64_t o = team.begin(s); o < team.end(s); ++o) {
+        Scalar* to = grads.project + (i * s + o) * k;
+        for (int64_t c = 0; c < k; ++c) to[c] = sum(project + o * gradients_.project_lanes + c);
+      }
+    }
+  }
+
+  void finish(const Team& team) const {
+    team.barrier();
+    combine_weights(team, 0);
+    if (!options_.need_input) return;
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+        store_tile(stages_.geometry, tensors_.grad_x, image, tile, shape_.channels,
+                   static_cast<const Scalar*>(gradient_tile(image, tile)));
+      }
+    }
+  }
+
+  const LayerShape& shape_;
+  const Options& options_;
+  BackwardTensors<Scalar> tensors_{};
+  Stages<Scalar> stages_;
+  GradientLayout gradients_{shape_};
+  bool kept_ = false;
+  Scalar* gradient_ = nullptr;  // G: the gradient of the state
+  Scalar* update_ = nullptr;    // d: the gradient of a unit's output
+  Scalar* hidden_ = nullptr;    // gradients of z2, then of z1, before their batch norms
+  Scalar* shortcut_ = nullptr;  // dz of the shortcut, made before its turn
+  Scalar *packed_ = nullptr, *transposed_ = nullptr;
+  int64_t packed_step_ = 0;
+  double* partials_[3] = {};
+  int64_t chunk_tiles_ = 1;
+  std::byte* own_ = nullptr;
+  int64_t own_step_ = 0;
+};
+
+}  // namespace
+}  // namespace gunn

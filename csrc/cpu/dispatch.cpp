@@ -1,0 +1,65 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "core/error.h"
+
+namespace gunn {
+namespace {
+
+struct Level {
+  const char* name;
+  bool (*supported)();
+  const LevelKernels* kernels;
+};
+
+// Best first.
+const Level kLevels[] = {
+#ifdef GUNN_X86
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+     },
+     &kernels_avx512},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &kernels_avx2},
+#endif
+    {"baseline", [] { return true; }, &kernels_baseline},
+};
+
+const Level& choose() {
+  const char* wanted = std::getenv("GUNN_SIMD");
+  if (wanted && *wanted) {
+    for (const Level& level : kLevels) {
+      if (std::strcmp(level.name, wanted) != 0) continue;
+      require(level.supported(), "GUNN_SIMD=", wanted, ": this CPU lacks it; unset GUNN_SIMD to use the best it has.");
+      return level;
+    }
+    fail("GUNN_SIMD=", wanted, ": unknown instruction set; expected avx512, avx2 or baseline.");
+  }
+  for (const Level& level : kLevels) {
+    if (level.supported()) return level;
+  }
+  fail("no CPU kernels were built for this machine.");
+}
+
+const Level& chosen() {
+  static const Level& level = choose();
+  return level;
+}
+
+}  // namespace
+
+const char* simd_level() { return chosen().name; }
+
+template <>
+const Kernels<float>& cpu_kernels<float>() {
+  return chosen().kernels->float32;
+}
+template <>
+const Kernels<double>& cpu_kernels<double>() {
+  return chosen().kernels->float64;
+}
+
+}  // namespace gunn

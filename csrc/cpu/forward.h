@@ -1,0 +1,305 @@
+// The forward pass: drivers over the stages.
+//
+// Batch statistics: segments outside, images inside, three exchanges of statistics per segment and unit, each one
+// barrier. Given statistics: nothing to exchange, so images outside and segments inside: an image stays in the cache.
+#pragma once
+
+#include <omp.h>
+
+#include "cpu/stages.h"
+
+namespace gunn {
+namespace {
+
+template <class Scalar>
+class ForwardPass {
+ public:
+  ForwardPass(const LayerShape& shape, const Options& options, const ForwardTensors<Scalar>& tensors)
+      : shape_(shape), options_(options), tensors_(tensors), stages_(shape, tensors.units) {
+    Arena arena(tensors.workspace);
+    take(arena, tensors.saved);
+  }
+
+  static int64_t workspace_bytes(const LayerShape& shape, const Options& options, bool keep) {
+    ForwardPass pass(shape, options);
+    Arena arena(nullptr);
+    Scalar pretend;
+    pass.take(arena, keep ? &pretend : nullptr);
+    return arena.bytes();
+  }
+
+  void run(const Team& team) {
+    begin(team);
+    team.barrier();
+    if (by_image()) {
+      for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) evaluate(team, image);
+      return;
+    }
+    for (int64_t i = 0; i < shape_.segments; ++i) {
+      for (int64_t m = 0; m < shape_.units; ++m) {
+        reduce(team, i, m);
+        team.barrier();
+        if (m == 0 && i + 1 < shape_.segments) pack(i + 1, team.index, team.size);
+        spatial(team, i, m);
+        team.barrier();
+        project(team, i, m);
+        team.barrier();
+      }
+    }
+    finish(team);
+  }
+
+  void step(const Team& team, Forward which, int64_t i, int64_t m) {
+    if (which == Forward::begin) begin(team);
+    if (which == Forward::finish) finish(team);
+    if (which == Forward::reduce) {
+      if (m == 0) pack(i, team.index, team.size);
+      team.barrier();
+      reduce(team, i, m);
+      publish(team, 0, i, stages_.reduce_row(m), stages_.reduce_rows(m));
+    }
+    if (which == Forward::spatial) {
+      spatial(team, i, m);
+      publish(team, 1, i, stages_.spatial_row(m), shape_.hidden());
+    }
+    if (which == Forward::project) {
+      project(team, i, m);
+      publish(team, 2, i, stages_.project_row(m), shape_.segment());
+    }
+  }
+
+ private:
+  ForwardPass(const LayerShape& shape, const Options& options)
+      : shape_(shape), options_(options), stages_(shape, nullptr) {}
+
+  bool by_image() const { return !options_.batch_statistics && !options_.stepwise; }
+
+  void take(Arena& arena, Scalar* saved) {
+    const int64_t threads = options_.threads;
+    const int64_t slots = by_image() && !saved ? threads : shape_.batch;
+    stages_.take(arena, slots);
+    auto& z = stages_.z;
+    z.pixels = stages_.geometry.pixels;
+    z.slot_step = shape_.rows() * z.pixels;
+    if (saved) {
+      z.segment_step = shape_.batch * z.slot_step;
+      z.data = saved;
+    } else {
+      z.data = arena.take<Scalar>(slots * z.slot_step);
+    }
+    kept_ = saved != nullptr;
+    packed_step_ = round_up(stages_.packed_layout.segment(shape_.units), 16);
+    packed_count_ = by_image() ? shape_.segments : 2;
+    packed_ = arena.take<Scalar>(packed_count_ * packed_step_);
+    table_.take(arena, by_image() ? shape_.segments * shape_.rows() : 0);
+    for (auto& slot : partials_) {
+      slot = arena.take<double>(threads * 2 * (shape_.hidden() + shape_.segment()));
+    }
+    // Threads' own pieces come last, at a fixed step.
+    Arena one(nullptr);
+    Scratch<Scalar> scratch(shape_, stages_.geometry);
+    scratch.take(shape_, one);
+    scratch_step_ = one.bytes();
+    scratch_ = arena.take<std::byte>(threads * scratch_step_);
+  }
+
+  Scratch<Scalar> scratch(int thread) const {
+    Scratch<Scalar> scratch(shape_, stages_.geometry);
+    Arena arena(scratch_ + thread * scratch_step_);
+    scratch.take(shape_, arena);
+    return scratch;
+  }
+
+  Scalar* packed(int64_t i) const { return packed_ + i % packed_count_ * packed_step_; }
+  void pack(int64_t i, int64_t part, int64_t parts) const { stages_.pack(i, packed(i), part, parts); }
+  Scalar mean(int64_t i, int64_t row) const { return tensors_.statistics[i * shape_.rows() + row]; }
+  Scalar var(int64_t i, int64_t row) const {
+    return tensors_.statistics[(shape_.segments + i) * shape_.rows() + row];
+  }
+
+  void begin(const Team& team) const {
+    if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);
+    for (int thread = team.index; thread < options_.threads; thread += team.size) {
+      const auto padded = scratch(thread).padded;
+      for (int64_t j = 0; j < padded.size(); ++j) padded.data[j] = 0;
+    }
+    if (by_image()) {
+      for (int64_t i = 0; i < shape_.segments; ++i) pack(i, team.index, team.size);
+      for (int64_t i = team.begin(shape_.segments); i < team.end(shape_.segments); ++i) {
+        for (int64_t row = 0; row < shape_.rows(); ++row) {
+          stages_.set_affine(table_.at(i * shape_.rows()), i, row, mean(i, row), var(i, row), options_.eps);
+        }
+      }
+      return;
+    }
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) load_image(image, image);
+    if (!options_.stepwise) pack(0, team.index, team.size);
+  }
+
+  void load_image(int64_t image, int64_t slot) const {
+    for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+      load_tile(stages_.geometry, tensors_.x, image, tile, 0, shape_.channels, stages_.state_tile(slot, tile));
+    }
+  }
+  void store_image(int64_t image, int64_t slot) const {
+    for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+      store_tile(stages_.geometry, tensors_.y, image, tile, shape_.channels,
+                 static_cast<const Scalar*>(stages_.state_tile(slot, tile)));
+    }
+  }
+
+  void evaluate(const Team& team, int64_t image) const {
+    const int64_t slot = kept_ ? image : team.index;
+    const Scratch<Scalar> own = scratch(team.index);
+    load_image(image, slot);
+    for (int64_t i = 0; i < shape_.segments; ++i) {
+      const Affine<Scalar> affine = table_.at(i * shape_.rows());
+      for (int64_t m = 0; m < shape_.units; ++m) {
+        for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+          stages_.reduce_tile_stage(i, m, slot, tile, stages_.packed(packed(i), m, 0), nullptr, false);
+        }
+        stages_.spatial(i, m, slot, stages_.packed(packed(i), m, 1), affine, own, nullptr, false);
+        stages_.project(i, m, slot, stages_.packed(packed(i), m, 2), affine, own, nullptr, false);
+        stages_.emit(i, m, slot, affine);
+      }
+    }
+    store_image(image, slot);
+  }
+
+  // Posts this thread's mean and sum of squared deviations; combined once all threads have posted.
+  double* partial(int slot, int thread) const {
+    return partials_[slot] + thread * 2 * (shape_.hidden() + shape_.segment());
+  }
+  void post(const Team& team, int slot, const Sums<Scalar>& sums, int64_t rows) const {
+    const double count = static_cast<double>((team.end(shape_.batch) - team.begin(shape_.batch))) *
+                         static_cast<double>(shape_.height * shape_.width);
+    double* to = partial(slot, team.index);
+    for (int64_t r = 0; r < rows; ++r) {
+      const double mean = count > 0 ? sums.first[r] / count : 0;
+      to[2 * r] = static_cast<double>(sums.pivot[r]) + mean;
+      to[2 * r + 1] = sums.second[r] - mean * sums.first[r];
+    }
+  }
+  void combine(const Team& team, int slot, int64_t r, Scalar* mean, Scalar* var) const {
+    const double plane = static_cast<double>(shape_.height * shape_.width);
+    const double total = static_cast<double>(shape_.batch) * plane;
+    double sum = 0, squares = 0;
+    for (Team each{0, team.size}; each.index < team.size; ++each.index) {
+      const double count = static_cast<double>(each.end(shape_.batch) - each.begin(shape_.batch)) * plane;
+      if (count > 0) sum += count * partial(slot, each.index)[2 * r];
+    }
+    const double centre = sum / total;
+    for (Team each{0, team.size}; each.index < team.size; ++each.index) {
+      const double count = static_cast<double>(each.end(shape_.batch) - each.begin(shape_.batch)) * plane;
+      if (count > 0) {
+        const double* of = partial(slot, each.index) + 2 * r;
+        squares += of[1] + count * (of[0] - centre) * (of[0] - centre);
+      }
+    }
+    *mean = static_cast<Scalar>(centre);
+    *var = static_cast<Scalar>(squares > 0 || squares != squares ? squares / total : 0);
+  }
+  void write_statistics(int64_t i, int64_t row, Scalar mean, Scalar var) const {
+    tensors_.statistics[i * shape_.rows() + row] = mean;
+    tensors_.statistics[(shape_.segments + i) * shape_.rows() + row] = var;
+  }
+  // Every thread takes over the statistics of rows [row, row + rows): from the posts, or in steps from the tensor.
+  void settle(const Team& team, const Scratch<Scalar>& own, int slot, int64_t i, int64_t row, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      Scalar mean_, var_;
+      if (options_.stepwise) {
+        mean_ = mean(i, row + r), var_ = var(i, row + r);
+      } else {
+        combine(team, slot, r, &mean_, &var_);
+        if (team.index == 0) write_statistics(i, row + r, mean_, var_);
+      }
+      stages_.set_affine(own.affine, i, row + r, mean_, var_, options_.eps);
+    }
+  }
+  // In steps: leaves the statistics in the tensor, for the caller to change before the next step.
+  void publish(const Team& team, int slot, int64_t i, int64_t row, int64_t rows) const {
+    team.barrier();
+    if (team.index != 0 || !options_.batch_statistics) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      Scalar mean_, var_;
+      combine(team, slot, r, &mean_, &var_);
+      write_statistics(i, row + r, mean_, var_);
+    }
+  }
+
+  // What the unit before (i, m) still has to write: settles its statistics, says which unit it was.
+  bool previous(const Team& team, const Scratch<Scalar>& own, int64_t i, int64_t m, int64_t* pi, int64_t* pm) const {
+    if (i == 0 && m == 0) return false;
+    *pi = m > 0 ? i : i - 1;
+    *pm = m > 0 ? m - 1 : shape_.units - 1;
+    settle(team, own, 2, *pi, stages_.project_row(*pm), shape_.segment());
+    if (options_.stepwise && shape_.projects(*pm)) settle(team, own, 0, *pi, stages_.shortcut_row(), shape_.segment());
+    return true;
+  }
+
+  void reduce(const Team& team, int64_t i, int64_t m) const {
+    const Scratch<Scalar> own = scratch(team.index);
+    int64_t pi = 0, pm = 0;
+    const bool pending = previous(team, own, i, m, &pi, &pm);
+    const Scalar* w = stages_.packed(packed(i), m, 0);
+    const int64_t rows = stages_.reduce_rows(m), first = team.begin(shape_.batch);
+    own.sums.clear(rows);
+    for (int64_t image = first; image < team.end(shape_.batch); ++image) {
+      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+        if (pending) stages_.emit_tile(pi, pm, image, tile, own.affine);
+        stages_.reduce_tile_stage(i, m, image, tile, w, &own.sums, image == first);
+      }
+      own.sums.finish_image(rows);
+    }
+    post(team, 0, own.sums, rows);
+  }
+
+  void spatial(const Team& team, int64_t i, int64_t m) const {
+    const Scratch<Scalar> own = scratch(team.index);
+    settle(team, own, 0, i, stages_.reduce_row(m), stages_.reduce_rows(m));
+    const int64_t rows = shape_.hidden(), first = team.begin(shape_.batch);
+    own.sums.clear(rows);
+    for (int64_t image = first; image < team.end(shape_.batch); ++image) {
+      stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), own.affine, own, &own.sums, image == first);
+      own.sums.finish_image(rows);
+    }
+    post(team, 1, own.sums, rows);
+  }
+
+  void project(const Team& team, int64_t i, int64_t m) const {
+    const Scratch<Scalar> own = scratch(team.index);
+    settle(team, own, 1, i, stages_.spatial_row(m), shape_.hidden());
+    const int64_t rows = shape_.segment(), first = team.begin(shape_.batch);
+    own.sums.clear(rows);
+    for (int64_t image = first; image < team.end(shape_.batch); ++image) {
+      stages_.project(i, m, image, stages_.packed(packed(i), m, 2), own.affine, own, &own.sums, image == first);
+      own.sums.finish_image(rows);
+    }
+    post(team, 2, own.sums, rows);
+  }
+
+  void finish(const Team& team) const {
+    const Scratch<Scalar> own = scratch(team.index);
+    int64_t pi = 0, pm = 0;
+    previous(team, own, shape_.segments, 0, &pi, &pm);
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      stages_.emit(pi, pm, image, own.affine);
+      store_image(image, image);
+    }
+  }
+
+  const LayerShape& shape_;
+  const Options& options_;
+  ForwardTensors<Scalar> tensors_{};
+  Stages<Scalar> stages_;
+  bool kept_ = false;
+  Scalar* packed_ = nullptr;
+  int64_t packed_step_ = 0, packed_count_ = 0;
+  Affine<Scalar> table_{};  // given statistics: all segments
+  double* partials_[3] = {};
+  std::byte* scratch_ = nullptr;
+  int64_t scratch_step_ = 0;
+};
+
+}  // namespace
+}  // namespace gunn

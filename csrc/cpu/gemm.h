@@ -1,0 +1,157 @@
+// The 1x1 convolutions and the weight gradients: one register block serves both.
+//
+//     acc[R][V] += w[c][R] * x[c][V vectors]     for c in 0 … inner
+//
+// 1x1 convolution: rows are output channels, lanes are pixels, c runs over input channels, w is packed [block][c][R].
+// Weight gradient: rows are output channels of the gradient, lanes are input channels, c runs over pixels.
+// With AVX-512 a block is 12 rows x 2 vectors (24 of 32 registers), else 6 x 2 (12 of 16): both reach the FMA limit.
+#pragma once
+
+#include "cpu/simd.h"
+#include "cpu/tiles.h"
+
+namespace gunn {
+namespace {
+
+constexpr int kBlockRows = GUNN_VECTOR_BYTES == 64 ? 12 : 6;
+
+template <int R>
+struct Rows {
+  static constexpr int value = R;
+};
+
+// Calls visit(Rows<R>, first row) for blocks that cover `rows`: full blocks first, then the rest in powers of two.
+template <class Visit>
+GUNN_INLINE void for_row_blocks(int64_t rows, Visit visit) {
+  int64_t r = 0;
+  for (; rows - r >= kBlockRows; r += kBlockRows) visit(Rows<kBlockRows>(), r);
+  if constexpr (kBlockRows > 8) {
+    if (rows - r >= 8) visit(Rows<8>(), r), r += 8;
+  }
+  if (rows - r >= 4) visit(Rows<4>(), r), r += 4;
+  if (rows - r >= 2) visit(Rows<2>(), r), r += 2;
+  if (rows - r >= 1) visit(Rows<1>(), r);
+}
+
+// Packs value(row, c) as [block][c][R]; a block that begins at row r begins at dst + r * inner.
+template <class Scalar, class Value>
+GUNN_INLINE void pack_rows(Scalar* dst, int64_t rows, int64_t inner, int64_t part, int64_t parts, Value value) {
+  int64_t task = 0;
+  for_row_blocks(rows, [&](auto block, int64_t r) {
+    constexpr int R = decltype(block)::value;
+    if (task++ % parts != part) return;
+    Scalar* to = dst + r * inner;
+    for (int64_t c = 0; c < inner; ++c) {
+      for (int j = 0; j < R; ++j) to[c * R + j] = value(r + j, c);
+    }
+  });
+}
+
+template <class Scalar, int R, int V>
+GUNN_INLINE void clear(Vector<Scalar> (&acc)[R][V]) {
+  GUNN_UNROLL for (int r = 0; r < R; ++r) {
+    GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vector<Scalar>{};
+  }
+}
+
+template <class Scalar, int R, int V>
+GUNN_INLINE void multiply_step(Vector<Scalar> (&acc)[R][V], const Scalar* w, const Vector<Scalar> (&x)[V]) {
+  GUNN_UNROLL for (int r = 0; r < R; ++r) {
+    GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] += x[v] * w[r];
+  }
+}
+
+template <class Scalar, int R, int V>
+GUNN_INLINE void multiply(Vector<Scalar> (&acc)[R][V], const Scalar* w, int64_t w_step, const Scalar* x,
+                          int64_t x_step, int64_t inner) {
+  for (int64_t c = 0; c < inner; ++c) {
+    Vector<Scalar> in[V];
+    GUNN_UNROLL for (int v = 0; v < V; ++v) in[v] = load<Scalar>(x + v * Simd<Scalar>::lanes);
+    multiply_step<Scalar, R, V>(acc, w, in);
+    w += w_step;
+    x += x_step;
+  }
+}
+
+enum class Into { store, add };
+
+// out[r][pixel] (+)= sum_c w[r][c] x[c][pixel] on one tile, for one block of rows.
+//
+// Adding is product first, then one addition: starting the sum from `out` costs three times the error in float32.
+// `ahead` > 0 prefetches x that many channels ahead: worth it for the first block, which streams the tile in.
+template <class Scalar, int R, Into into>
+GUNN_NOINLINE void gemm_block(const Scalar* w, const Scalar* x, int64_t inner, int64_t ahead, Scalar* out) {
+  constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+  Vector<Scalar> acc[R][2];
+  clear<Scalar, R, 2>(acc);
+  if (ahead) {
+    for (int64_t c = 0; c < inner; ++c) {
+      __builtin_prefetch(x + (c + ahead) * T);
+      if constexpr (T * sizeof(Scalar) > 64) __builtin_prefetch(x + (c + ahead) * T + L);
+      const Vector<Scalar> in[2] = {load<Scalar>(x + c * T), load<Scalar>(x + c * T + L)};
+      multiply_step<Scalar, R, 2>(acc, w + c * R, in);
+    }
+  } else {
+    multiply<Scalar, R, 2>(acc, w, R, x, T, inner);
+  }
+  GUNN_UNROLL for (int r = 0; r < R; ++r) {
+    GUNN_UNROLL for (int v = 0; v < 2; ++v) {
+      Scalar* p = out + r * T + v * L;
+      store<Scalar>(p, into == Into::add ? load<Scalar>(p) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+constexpr int64_t kPrefetchAhead = 12;
+
+// The whole 1x1 convolution on one tile: x[inner][tile] → out[rows][tile], w from pack_rows.
+template <class Scalar, Into into>
+GUNN_INLINE void gemm_rows(const Scalar* w, int64_t rows, const Scalar* x, int64_t inner, Scalar* out) {
+  constexpr int64_t T = Simd<Scalar>::tile;
+  for_row_blocks(rows, [&](auto block, int64_t r) {
+    const int64_t ahead = r == 0 && inner > kPrefetchAhead ? kPrefetchAhead : 0;
+    gemm_block<Scalar, decltype(block)::value, into>(w + r * inner, x, inner, ahead, out + r * T);
+  });
+}
+
+// Pixels of a weight gradient: `lines` runs of `count`, at steps of their own in a (gradient) and b (input).
+struct PixelRuns {
+  int64_t lines, count;
+  int64_t a_line, a_pixel;
+  int64_t b_line, b_pixel;
+};
+
+// out[r][lane] += sum over pixels of a[pixel][r] * b[pixel][lane], R rows and V vectors of lanes.
+template <class Scalar, int R, int V>
+GUNN_NOINLINE void outer_block(const PixelRuns& runs, const Scalar* a, const Scalar* b, Scalar* out, int64_t out_row) {
+  Vector<Scalar> acc[R][V];
+  clear<Scalar, R, V>(acc);
+  for (int64_t line = 0; line < runs.lines; ++line) {
+    multiply<Scalar, R, V>(acc, a + line * runs.a_line, runs.a_pixel, b + line * runs.b_line, runs.b_pixel,
+                           runs.count);
+  }
+  GUNN_UNROLL for (int r = 0; r < R; ++r) {
+    GUNN_UNROLL for (int v = 0; v < V; ++v) {
+      Scalar* p = out + r * out_row + v * Simd<Scalar>::lanes;
+      store<Scalar>(p, load<Scalar>(p) + acc[r][v]);
+    }
+  }
+}
+
+// All `rows` rows and `columns` lanes (a multiple of the vector's) of a weight gradient.
+template <class Scalar>
+GUNN_INLINE void outer_rows(const PixelRuns& runs, const Scalar* a, int64_t rows, const Scalar* b, int64_t columns,
+                            Scalar* out, int64_t out_row) {
+  constexpr int64_t L = Simd<Scalar>::lanes;
+  for_row_blocks(rows, [&](auto block, int64_t r) {
+    constexpr int R = decltype(block)::value;
+    int64_t j = 0;
+    for (; j + 2 * L <= columns; j += 2 * L) {
+      outer_block<Scalar, R, 2>(runs, a + r, b + j, out + r * out_row + j, out_row);
+    }
+    if (j < columns) outer_block<Scalar, R, 1>(runs, a + r, b + j, out + r * out_row + j, out_row);
+  });
+}
+
+}  // namespace
+}  // namespace gunn

@@ -1,0 +1,151 @@
+// Vectors as GCC vector extensions, one source for every instruction set.
+//
+// Each level_*.cpp compiles these headers with its own flags and its own GUNN_VECTOR_BYTES. Everything in cpu/ lives in
+// an anonymous namespace and calls no standard function with external linkage: otherwise the linker could keep the
+// AVX-512 copy of such a function for machines without it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#define GUNN_INLINE inline __attribute__((always_inline))
+#define GUNN_NOINLINE __attribute__((noinline))
+#define GUNN_UNROLL _Pragma("GCC unroll 32")
+
+namespace gunn {
+namespace {
+
+template <class Scalar>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+template <class Scalar>
+struct Simd {
+  using Int = typename IntegerOf<Scalar>::type;
+  static constexpr int lanes = GUNN_VECTOR_BYTES / sizeof(Scalar);
+  static constexpr int half = lanes / 2;
+  static constexpr int tile = 2 * lanes;  // pixels of one tile: two vectors, so that a 1x1 block has two columns
+
+  typedef Scalar Vector __attribute__((vector_size(GUNN_VECTOR_BYTES)));
+  typedef Scalar Unaligned __attribute__((vector_size(GUNN_VECTOR_BYTES), aligned(alignof(Scalar)), may_alias));
+  typedef Int Mask __attribute__((vector_size(GUNN_VECTOR_BYTES)));
+  typedef Int UnalignedMask __attribute__((vector_size(GUNN_VECTOR_BYTES), aligned(alignof(Int)), may_alias));
+  typedef Scalar Half __attribute__((vector_size(GUNN_VECTOR_BYTES / 2), aligned(alignof(Scalar)), may_alias));
+  typedef Scalar Quad __attribute__((vector_size(4 * sizeof(Scalar)), aligned(alignof(Scalar)), may_alias));
+};
+
+template <class Scalar>
+using Vector = typename Simd<Scalar>::Vector;
+template <class Scalar>
+using Mask = typename Simd<Scalar>::Mask;
+
+template <class Scalar>
+GUNN_INLINE Vector<Scalar> load(const Scalar* p) {
+  return *reinterpret_cast<const typename Simd<Scalar>::Unaligned*>(p);
+}
+template <class Scalar>
+GUNN_INLINE void store(Scalar* p, Vector<Scalar> v) {
+  *reinterpret_cast<typename Simd<Scalar>::Unaligned*>(p) = v;
+}
+template <class Scalar>
+GUNN_INLINE Mask<Scalar> load_mask(const typename Simd<Scalar>::Int* p) {
+  return *reinterpret_cast<const typename Simd<Scalar>::UnalignedMask*>(p);
+}
+
+// Lanes outside the mask become zero.
+template <class Scalar>
+GUNN_INLINE Vector<Scalar> keep(Vector<Scalar> v, Mask<Scalar> mask) {
+  return reinterpret_cast<Vector<Scalar>>(reinterpret_cast<Mask<Scalar>>(v) & mask);
+}
+
+// Written so that NaN passes, as in torch.
+template <class Scalar>
+GUNN_INLINE Vector<Scalar> relu(Vector<Scalar> v) {
+  return v < Vector<Scalar>{} ? Vector<Scalar>{} : v;
+}
+// d where the ReLU's input was above zero.
+template <class Scalar>
+GUNN_INLINE Vector<Scalar> relu_gradient(Vector<Scalar> d, Vector<Scalar> input) {
+  return input <= Vector<Scalar>{} ? Vector<Scalar>{} : d;
+}
+
+template <class Scalar>
+GUNN_INLINE double sum_of_lanes(Vector<Scalar> v) {
+  double sum = 0;
+  GUNN_UNROLL for (int j = 0; j < Simd<Scalar>::lanes; ++j) sum += static_cast<double>(v[j]);
+  return sum;
+}
+
+// __builtin_shufflevector came to GCC with version 12; before it, memory does the same.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define GUNN_HAS_SHUFFLE 1
+#endif
+#endif
+
+template <class Scalar, size_t... I>
+GUNN_INLINE Vector<Scalar> join(typename Simd<Scalar>::Half low, typename Simd<Scalar>::Half high,
+                                std::index_sequence<I...>) {
+#ifdef GUNN_HAS_SHUFFLE
+  return __builtin_shufflevector(low, high, I...);
+#else
+  constexpr int half = Simd<Scalar>::half;
+  return Vector<Scalar>{(I < half ? low[I % half] : high[I % half])...};
+#endif
+}
+template <class Scalar, size_t... I>
+GUNN_INLINE typename Simd<Scalar>::Half part(Vector<Scalar> v, size_t, std::index_sequence<I...>) {
+#ifdef GUNN_HAS_SHUFFLE
+  return __builtin_shufflevector(v, v, I...);
+#else
+  return typename Simd<Scalar>::Half{v[I]...};
+#endif
+}
+template <size_t Offset, size_t... I>
+constexpr std::index_sequence<(Offset + I)...> offset_by(std::index_sequence<I...>);
+
+// Two half vectors from p and p + step.
+template <class Scalar>
+GUNN_INLINE Vector<Scalar> load_halves(const Scalar* p, int64_t step) {
+  using Half = typename Simd<Scalar>::Half;
+  return join<Scalar>(*reinterpret_cast<const Half*>(p), *reinterpret_cast<const Half*>(p + step),
+                      std::make_index_sequence<Simd<Scalar>::lanes>());
+}
+template <class Scalar>
+GUNN_INLINE void store_halves(Scalar* p, int64_t step, Vector<Scalar> v) {
+  using Half = typename Simd<Scalar>::Half;
+  using Low = std::make_index_sequence<Simd<Scalar>::half>;
+  *reinterpret_cast<Half*>(p) = part<Scalar>(v, 0, Low());
+  *reinterpret_cast<Half*>(p + step) = part<Scalar>(v, 0, decltype(offset_by<Simd<Scalar>::half>(Low()))());
+}
+
+// Transposes 4 rows of 4 neighbouring elements into 4 destinations: to[j][i] = rows[i][j].
+template <class Scalar>
+GUNN_INLINE void transpose_4x4(const Scalar* from, int64_t step, Scalar* const (&to)[4]) {
+  using Quad = typename Simd<Scalar>::Quad;
+#ifdef GUNN_HAS_SHUFFLE
+  const Quad a = *reinterpret_cast<const Quad*>(from), b = *reinterpret_cast<const Quad*>(from + step);
+  const Quad c = *reinterpret_cast<const Quad*>(from + 2 * step), d = *reinterpret_cast<const Quad*>(from + 3 * step);
+  const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *reinterpret_cast<Quad*>(to[0]) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(to[1]) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  *reinterpret_cast<Quad*>(to[2]) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(to[3]) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+#else
+  GUNN_UNROLL for (int j = 0; j < 4; ++j) {
+    *reinterpret_cast<Quad*>(to[j]) = Quad{from[j], from[step + j], from[2 * step + j], from[3 * step + j]};
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace gunn

@@ -1,0 +1,264 @@
+// The three stages of an update unit on one image, shared by the forward and by the backward's recomputation.
+//
+//   reduce    emit the update before it, then z1 = W1 · state (and the shortcut's rows, in the same product)
+//   spatial   z2 = conv3x3(relu(bn(z1)))
+//   project   z3 = W3 · relu(bn(z2))
+//   emit      h = bn(z3) [+ bn(shortcut)] [+ h before it]; after the last unit: state[c_i] (+)= h
+//
+// Each image belongs to one thread. z1, z2, z3 lie in one buffer as [slot][unit row][tile][row][pixel]: a slot is an
+// image where they are needed again, a thread where they are not; keeping them for the backward is only a stride.
+#pragma once
+
+#include "cpu/batch_norm.h"
+#include "cpu/conv3x3.h"
+#include "cpu/gemm.h"
+#include "cpu/tiles.h"
+
+namespace gunn {
+namespace {
+
+struct Team {
+  int index, size;
+
+  void barrier() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+  // This thread's share of `count` things, contiguous.
+  int64_t begin(int64_t count) const { return count * index / size; }
+  int64_t end(int64_t count) const { return count * (index + 1) / size; }
+};
+
+// Where the packed weights of one segment lie.
+struct PackedLayout {
+  int64_t unit[2][3] = {};  // [first unit or a later one][reduce, spatial, project], from the start of the unit
+  int64_t unit_size[2] = {};
+
+  explicit PackedLayout(const LayerShape& shape) {
+    const int64_t k = shape.hidden(), s = shape.segment();
+    for (int64_t m = 0; m < 2; ++m) {
+      unit[m][1] = shape.inputs(m) * (k + (shape.projects(m) ? s : 0));
+      unit[m][2] = unit[m][1] + k * k * 9;
+      unit_size[m] = round_up(unit[m][2] + s * k, 16);
+    }
+  }
+  int64_t at(int64_t m) const { return m == 0 ? 0 : unit_size[0] + (m - 1) * unit_size[1]; }
+  int64_t segment(int64_t units) const { return at(units); }
+};
+
+// z1 | shortcut | z2 | z3 of all units, in the row order of the statistics.
+template <class Scalar>
+struct PreActivations {
+  Scalar* data = nullptr;
+  int64_t segment_step = 0;  // 0: the next segment overwrites
+  int64_t slot_step = 0;
+  int64_t pixels = 0;
+
+  Scalar* at(int64_t segment, int64_t slot, int64_t row) const {
+    return data + segment * segment_step + slot * slot_step + row * pixels;
+  }
+};
+
+// What one thread needs for itself.
+template <class Scalar>
+struct Scratch {
+  PaddedImage<Scalar> padded;
+  Scalar* hidden;  // k rows of one tile
+  Affine<Scalar> affine;
+  Sums<Scalar> sums;
+
+  Scratch(const LayerShape& shape, const Geometry<Scalar>& geometry) : padded(geometry, shape.hidden()) {}
+  void take(const LayerShape& shape, Arena& arena) {
+    padded.data = arena.take<Scalar>(padded.size());
+    hidden = arena.take<Scalar>(shape.hidden() * Simd<Scalar>::tile);
+    affine.take(arena, shape.rows());
+    sums.take(arena, shape.hidden() + 2 * shape.segment());
+  }
+};
+
+template <class Scalar>
+struct Stages {
+  static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+  using Int = typename Simd<Scalar>::Int;
+
+  const LayerShape& shape;
+  const UnitTensors<const Scalar*>* parameters;
+  Geometry<Scalar> geometry;
+  PackedLayout packed_layout;
+  Int* mask;
+  Scalar* state;       // [slot][tile][N][T]
+  Scalar* outputs;     // h after units 0 … M-2: [unit][slot][tile][s][T]
+  int64_t slots = 0;
+  PreActivations<Scalar> z;
+
+  Stages(const LayerShape& shape_, const UnitTensors<const Scalar*>* parameters_)
+      : shape(shape_), parameters(parameters_), geometry(shape_), packed_layout(shape_) {}
+
+  void take(Arena& arena, int64_t slots_) {
+    slots = slots_;
+    mask = arena.take<Int>(geometry.pixels);
+    state = arena.take<Scalar>(slots * state_size());
+    outputs = arena.take<Scalar>((shape.units - 1) * slots * output_size());
+  }
+
+  int64_t state_size() const { return geometry.pixels * shape.channels; }
+  int64_t output_size() const { return geometry.pixels * shape.segment(); }
+  Scalar* state_tile(int64_t slot, int64_t tile) const {
+    return state + slot * state_size() + tile * shape.channels * T;
+  }
+  Scalar* output_tile(int64_t unit, int64_t slot, int64_t tile) const {
+    return outputs + (unit * slots + slot) * output_size() + tile * shape.segment() * T;
+  }
+  // What unit m of a segment reads.
+  Scalar* input_tile(int64_t m, int64_t slot, int64_t tile) const {
+    return m == 0 ? state_tile(slot, tile) : output_tile(m - 1, slot, tile);
+  }
+
+  // Rows of the statistics where the batch norms of unit m begin.
+  int64_t reduce_row(int64_t m) const { return shape.unit_row(m); }
+  int64_t reduce_rows(int64_t m) const { return shape.hidden() + (shape.projects(m) ? shape.segment() : 0); }
+  int64_t shortcut_row() const { return shape.hidden(); }
+  int64_t spatial_row(int64_t m) const { return reduce_row(m) + reduce_rows(m); }
+  int64_t project_row(int64_t m) const { return spatial_row(m) + shape.hidden(); }
+
+  Scalar* reduce_tile(int64_t i, int64_t m, int64_t slot, int64_t tile) const {
+    return z.at(i, slot, reduce_row(m)) + tile * reduce_rows(m) * T;
+  }
+  Scalar* shortcut_tile(int64_t i, int64_t slot, int64_t tile) const {
+    return reduce_tile(i, 0, slot, tile) + shape.hidden() * T;
+  }
+  Scalar* spatial_tile(int64_t i, int64_t m, int64_t slot, int64_t tile) const {
+    return z.at(i, slot, spatial_row(m)) + tile * shape.hidden() * T;
+  }
+  Scalar* project_tile(int64_t i, int64_t m, int64_t slot, int64_t tile) const {
+    return z.at(i, slot, project_row(m)) + tile * shape.segment() * T;
+  }
+
+  // This part's share of packing the forward weights of segment i.
+  void pack(int64_t i, Scalar* dst, int64_t part, int64_t parts) const {
+    const int64_t k = shape.hidden(), s = shape.segment();
+    for (int64_t m = 0; m < shape.units; ++m) {
+      const auto& unit = parameters[m];
+      const int64_t n = shape.inputs(m), kind = m > 0;
+      Scalar* to = dst + packed_layout.at(m);
+      const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
+      pack_rows(to, reduce_rows(m), n, part, parts,
+                [&](int64_t r, int64_t c) { return r < k ? reduce[r * n + c] : shortcut[(r - k) * n + c]; });
+      const Scalar* spatial = unit.spatial + i * k * k * 9;
+      pack_rows(to + packed_layout.unit[kind][1], k, k * 9, part, parts,
+                [&](int64_t r, int64_t c) { return spatial[r * k * 9 + c]; });
+      const Scalar* project = unit.project + i * s * k;
+      pack_rows(to + packed_layout.unit[kind][2], s, k, part, parts,
+                [&](int64_t r, int64_t c) { return project[r * k + c]; });
+    }
+  }
+  const Scalar* packed(const Scalar* segment, int64_t m, int64_t stage) const {
+    return segment + packed_layout.at(m) + packed_layout.unit[m > 0][stage];
+  }
+
+  // Row `row` of segment i's statistics from mean and variance.
+  void set_affine(const Affine<Scalar>& affine, int64_t i, int64_t row, Scalar mean, Scalar var, double eps) const {
+    const int64_t m = row < shape.unit_rows(0) ? 0 : 1 + (row - shape.unit_rows(0)) / shape.unit_rows(1);
+    const int64_t k = shape.hidden(), s = shape.segment();
+    const auto& unit = parameters[m];
+    const Scalar *weight, *bias;
+    if (row >= project_row(m)) {
+      weight = unit.project_weight + i * s + row - project_row(m);
+      bias = unit.project_bias + i * s + row - project_row(m);
+    } else if (row >= spatial_row(m)) {
+      weight = unit.spatial_weight + i * k + row - spatial_row(m);
+      bias = unit.spatial_bias + i * k + row - spatial_row(m);
+    } else if (row >= reduce_row(m) + k) {
+      weight = unit.shortcut_weight + i * s + row - reduce_row(m) - k;
+      bias = unit.shortcut_bias + i * s + row - reduce_row(m) - k;
+    } else {
+      weight = unit.reduce_weight + i * k + row - reduce_row(m);
+      bias = unit.reduce_bias + i * k + row - reduce_row(m);
+    }
+    affine.set(row, mean, var, *weight, *bias, eps);
+  }
+
+  // Unit m's output on one tile: into `outputs`, or after the last unit into the state.
+  void emit_tile(int64_t i, int64_t m, int64_t slot, int64_t tile, const Affine<Scalar>& affine) const {
+    const int64_t s = shape.segment();
+    const bool last = m == shape.units - 1, accumulate = last && shape.residual;
+    const Affine<Scalar> norm = affine.at(project_row(m)), shortcut_norm = affine.at(shortcut_row());
+    const Scalar* z3 = project_tile(i, m, slot, tile);
+    const Scalar* through = m > 0 ? output_tile(m - 1, slot, tile) : nullptr;
+    const Scalar* shortcut = shape.projects(m) ? shortcut_tile(i, slot, tile) : nullptr;
+    Scalar* to = last ? state_tile(slot, tile) + i * s * T : output_tile(m, slot, tile);
+    for (int64_t v = 0; v < 2; ++v) {
+      const Mask<Scalar> inside = load_mask<Scalar>(mask + tile * T + v * L);
+      for (int64_t r = 0; r < s; ++r) {
+        const int64_t at = r * T + v * L;
+        Vector<Scalar> h = load<Scalar>(z3 + at) * norm.scale[r] + norm.shift[r];
+        if (shortcut) h += load<Scalar>(shortcut + at) * shortcut_norm.scale[r] + shortcut_norm.shift[r];
+        if (through) h += load<Scalar>(through + at);
+        if (accumulate) h += load<Scalar>(to + at);
+        store<Scalar>(to + at, keep<Scalar>(h, inside));
+      }
+    }
+  }
+  void emit(int64_t i, int64_t m, int64_t slot, const Affine<Scalar>& affine) const {
+    for (int64_t tile = 0; tile < geometry.tiles; ++tile) emit_tile(i, m, slot, tile, affine);
+  }
+
+  // The pivots of this thread's moments: the first pixel it sees.
+  void set_pivots(const Sums<Scalar>& sums, const Scalar* z_tile, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) sums.pivot[r] = z_tile[r * T];
+  }
+
+  // `sums`: also take moments, with pivots from this image if it is the thread's `first`.
+  void reduce_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Scalar* w, const Sums<Scalar>* sums,
+                         bool first) const {
+    Scalar* z1 = reduce_tile(i, m, slot, tile);
+    const int64_t rows = reduce_rows(m);
+    gemm_rows<Scalar, Into::store>(w, rows, input_tile(m, slot, tile), shape.inputs(m), z1);
+    if (!sums) return;
+    if (first && tile == 0) set_pivots(*sums, z1, rows);
+    add_moments<Scalar>(*sums, z1, rows, mask + tile * T);
+  }
+
+  void spatial(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
+               const Scratch<Scalar>& scratch, const Sums<Scalar>* sums, bool first) const {
+    const int64_t k = shape.hidden();
+    const Affine<Scalar> norm = affine.at(reduce_row(m));
+    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+      activate<Scalar>(reduce_tile(i, m, slot, tile), norm, k, mask + tile * T, scratch.hidden);
+      put_tile(scratch.padded, tile, scratch.hidden);
+    }
+    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+      Scalar* z2 = spatial_tile(i, m, slot, tile);
+      conv3x3_rows<Scalar>(geometry, scratch.padded, w, k, tile, z2);
+      if (!sums) continue;
+      if (first && tile == 0) set_pivots(*sums, z2, k);
+      add_moments<Scalar>(*sums, z2, k, mask + tile * T);
+    }
+  }
+
+  void project(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
+               const Scratch<Scalar>& scratch, const Sums<Scalar>* sums, bool first) const {
+    const int64_t k = shape.hidden(), s = shape.segment();
+    const Affine<Scalar> norm = affine.at(spatial_row(m));
+    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+      Scalar* z3 = project_tile(i, m, slot, tile);
+      activate<Scalar>(spatial_tile(i, m, slot, tile), norm, k, mask + tile * T, scratch.hidden);
+      gemm_rows<Scalar, Into::store>(w, s, scratch.hidden, k, z3);
+      if (!sums) continue;
+      if (first && tile == 0) set_pivots(*sums, z3, s);
+      add_moments<Scalar>(*sums, z3, s, mask + tile * T);
+    }
+  }
+
+  // One tile of all channels into the padded image.
+  void put_tile(const PaddedImage<Scalar>& padded, int64_t tile, const Scalar* from) const {
+    for (int64_t c = 0; c < padded.channels; ++c) {
+      padded.put(geometry, tile * T, c, load<Scalar>(from + c * T));
+      padded.put(geometry, tile * T + L, c, load<Scalar>(from + c * T + L));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace gunn

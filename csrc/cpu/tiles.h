@@ -1,0 +1,150 @@
+// How an image lies in memory inside the kernels, and how it gets there.
+//
+// Rows of pixels are padded to whole vectors (or to half a vector where the image is that narrow), so that a vector
+// never crosses a row except at its middle. The padded pixels of an image, in order, are cut into tiles of two vectors:
+//
+//     state[image][tile][channel][pixel of the tile]
+//
+// One tile of all channels is one contiguous stream (NCHW planes alias in L1 at 32x32). Padding pixels are zero in the
+// state and in every gradient; `mask` says where they are.
+#pragma once
+
+#include "core/layer.h"
+#include "cpu/simd.h"
+
+namespace gunn {
+namespace {
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// Hands out pieces of the caller's workspace; with no workspace it only counts the bytes.
+class Arena {
+ public:
+  explicit Arena(std::byte* base) : base_(base) {
+    const auto address = reinterpret_cast<uintptr_t>(base);
+    offset_ = base ? static_cast<int64_t>(round_up(address, kAlignment) - address) : kAlignment;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + offset_) : nullptr;
+    offset_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+    return piece;
+  }
+  int64_t bytes() const { return offset_; }
+
+ private:
+  static constexpr int64_t kAlignment = 64;
+  std::byte* base_;
+  int64_t offset_;
+};
+
+template <class Scalar>
+struct Geometry {
+  static constexpr int64_t lanes = Simd<Scalar>::lanes, tile = Simd<Scalar>::tile;
+
+  int64_t height, width;
+  int64_t row;     // padded width
+  bool halves;     // two rows share a vector
+  int64_t tiles;   // of one image
+  int64_t pixels;  // tiles * tile
+  int64_t rows;    // rows that the tiles cover, those below the image included
+
+  explicit Geometry(const LayerShape& shape) : height(shape.height), width(shape.width) {
+    halves = lanes >= 8 && width <= lanes / 2;
+    row = halves ? lanes / 2 : round_up(width, lanes);
+    tiles = (round_up(height * row, tile)) / tile;
+    pixels = tiles * tile;
+    rows = (pixels + row - 1) / row;
+  }
+  bool inside(int64_t pixel) const { return pixel % row < width && pixel / row < height; }
+};
+
+// Calls visit(first pixel of the tile, image row, image column, count) for every run of real pixels in one tile.
+template <class Scalar, class Visit>
+GUNN_INLINE void for_each_run(const Geometry<Scalar>& geometry, int64_t tile, Visit visit) {
+  const int64_t begin = tile * geometry.tile, end = begin + geometry.tile;
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t y = pixel / geometry.row, x = pixel % geometry.row;
+    const int64_t run = smaller(end - pixel, geometry.row - x);
+    const int64_t count = smaller(run, geometry.width - x);
+    if (y < geometry.height && count > 0) visit(pixel - begin, y, x, count);
+    pixel += run;
+  }
+}
+
+// Channels [first, first + channels) of one image's tile, between a feature map of any strides and dst[channel][tile].
+template <class Scalar>
+GUNN_NOINLINE void load_tile(const Geometry<Scalar>& geometry, const FeatureMap<const Scalar>& map, int64_t image,
+                             int64_t tile, int64_t first, int64_t channels, Scalar* dst) {
+  constexpr int64_t T = Simd<Scalar>::tile;
+  int64_t real = 0;
+  for_each_run(geometry, tile, [&](int64_t, int64_t, int64_t, int64_t count) { real += count; });
+  if (real < T) {
+    for (int64_t j = 0; j < channels * T; ++j) dst[j] = 0;
+  }
+  const Scalar* origin = map.data + image * map.batch + first * map.channel;
+  for_each_run(geometry, tile, [&](int64_t pixel, int64_t y, int64_t x, int64_t count) {
+    const Scalar* src = origin + y * map.row + x * map.column;
+    if (map.channel == 1) {  // channels_last: a pixel's channels are neighbours
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t c = 0; c < channels; ++c) dst[c * T + pixel + j] = src[j * map.column + c];
+      }
+    } else if (map.column == 1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const Scalar* from = src + c * map.channel;
+        Scalar* to = dst + c * T + pixel;
+        for (int64_t j = 0; j < count; ++j) to[j] = from[j];
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t j = 0; j < count; ++j) dst[c * T + pixel + j] = src[c * map.channel + j * map.column];
+      }
+    }
+  });
+}
+
+template <class Scalar>
+GUNN_NOINLINE void store_tile(const Geometry<Scalar>& geometry, const FeatureMap<Scalar>& map, int64_t image,
+                              int64_t tile, int64_t channels, const Scalar* src) {
+  constexpr int64_t T = Simd<Scalar>::tile;
+  Scalar* origin = map.data + image * map.batch;
+  for_each_run(geometry, tile, [&](int64_t pixel, int64_t y, int64_t x, int64_t count) {
+    Scalar* dst = origin + y * map.row + x * map.column;
+    if (map.channel == 1) {
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t c = 0; c < channels; ++c) dst[j * map.column + c] = src[c * T + pixel + j];
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t j = 0; j < count; ++j) dst[c * map.channel + j * map.column] = src[c * T + pixel + j];
+      }
+    }
+  });
+}
+
+// All ones where a padded pixel is a pixel of the image, for one image.
+template <class Scalar>
+void fill_mask(const Geometry<Scalar>& geometry, typename Simd<Scalar>::Int* mask) {
+  for (int64_t pixel = 0; pixel < geometry.pixels; ++pixel) mask[pixel] = geometry.inside(pixel) ? -1 : 0;
+}
+
+// to(pixel of the tile)[row] = from[row][pixel]: `rows` rows of one tile with pixels outermost.
+template <class Scalar, class To>
+GUNN_INLINE void transpose_tile(const Scalar* from, int64_t rows, To to) {
+  constexpr int64_t T = Simd<Scalar>::tile;
+  for (int64_t pixel = 0; pixel < T; pixel += 4) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      Scalar* const into[4] = {to(pixel) + r, to(pixel + 1) + r, to(pixel + 2) + r, to(pixel + 3) + r};
+      transpose_4x4<Scalar>(from + r * T + pixel, T, into);
+    }
+    for (; r < rows; ++r) {
+      for (int64_t j = 0; j < 4; ++j) to(pixel + j)[r] = from[r * T + pixel + j];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gunn

@@ -1,0 +1,60 @@
+"""Training as a library: a configuration in, a trained network and its run directory out.
+
+>>> from gunn_ext.training import Config, train
+>>> result = train(Config(epochs=16, output="runs/first"))  # doctest: +SKIP
+>>> result.test_accuracy  # doctest: +SKIP
+"""
+
+from gunn_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from gunn_ext.training.config import (
+    AugmentConfig,
+    Config,
+    DigitsConfig,
+    FakeConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    load_config,
+    save_config,
+)
+from gunn_ext.training.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    RunDirectoryError,
+    TrainingInterrupted,
+)
+from gunn_ext.training.evaluation import Evaluation, evaluate
+from gunn_ext.training.progress import BarReporter, LineReporter, Reporter, SilentReporter, make_reporter
+from gunn_ext.training.schedule import step_learning_rate
+from gunn_ext.training.trainer import Result, evaluate_run, load_data, train
+
+__all__ = [
+    "AugmentConfig",
+    "BarReporter",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DigitsConfig",
+    "DivergenceError",
+    "Evaluation",
+    "FakeConfig",
+    "LineReporter",
+    "OptimizerConfig",
+    "Reporter",
+    "Result",
+    "RunDirectoryError",
+    "ScheduleConfig",
+    "SilentReporter",
+    "TrainingInterrupted",
+    "evaluate",
+    "evaluate_run",
+    "load_checkpoint",
+    "load_config",
+    "load_data",
+    "load_weights",
+    "make_reporter",
+    "save_checkpoint",
+    "save_config",
+    "step_learning_rate",
+    "train",
+]

@@ -1,0 +1,425 @@
+"""The settings of a run: frozen dataclasses that check themselves, and their form as YAML.
+
+Every field is plain (numbers, strings, booleans, tuples of them), so a configuration goes to YAML, into a checkpoint
+and back without loss. The command line is made from the same classes, see `gunn_ext.cli`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from gunn_ext.training.errors import ConfigError
+
+DATASETS = ("digits", "fake")
+_LARGEST_SEED = 2**32 - 1
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent; weight decay acts on every parameter, as in the paper.
+
+    Args:
+        momentum: Of the gradient.
+        nesterov: Nesterov's form of it.
+        weight_decay: L2 penalty.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _number("optimizer.momentum", self.momentum, least=0, below=1)
+        _boolean("optimizer.nesterov", self.nesterov)
+        _number("optimizer.weight_decay", self.weight_decay, least=0)
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError(
+                "optimizer.nesterov needs a momentum above 0, got optimizer.momentum=0; set optimizer.nesterov=false."
+            )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The step schedule of the learning rate.
+
+    Args:
+        drops: Where the rate drops, as rising fractions of the run.
+        factor: By which the rate is multiplied at each drop.
+    """
+
+    drops: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        object.__setattr__(self, "drops", _tuple("schedule.drops", self.drops))
+        for drop in self.drops:
+            _number("schedule.drops", drop, above=0, most=1)
+        if list(self.drops) != sorted(set(self.drops)):
+            raise ConfigError(f"schedule.drops must rise, got {list(self.drops)}.")
+        _number("schedule.factor", self.factor, above=0, most=1)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training images.
+
+    Args:
+        mirror: Mirror with probability 1/2; null: where the data set allows it (digits do not).
+        crop_padding: Shift by up to this many pixels, filling with the mean colour; null: an eighth of the height on
+            natural images, a sixteenth on digits.
+        cyclic_shift: With probability 2/3, roll by a uniform offset along one axis.
+    """
+
+    mirror: bool | None = None
+    crop_padding: int | None = None
+    cyclic_shift: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.mirror is not None:
+            _boolean("augment.mirror", self.mirror)
+        if self.crop_padding is not None:
+            _integer("augment.crop_padding", self.crop_padding, least=0)
+        _boolean("augment.cyclic_shift", self.cyclic_shift)
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """Options of the data set ``digits``.
+
+    Args:
+        image_size: Height and width the 8x8 scans are resized to.
+    """
+
+    image_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _integer("digits.image_size", self.image_size, least=1)
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    """Options of the data set ``fake``: random images, random labels.
+
+    Args:
+        shape: (channels, height, width).
+        classes: Number of classes.
+        train_images: Size of the training split.
+        test_images: Size of the test split.
+        seed: Of the images.
+    """
+
+    shape: tuple[int, int, int] = (3, 32, 32)
+    classes: int = 10
+    train_images: int = 512
+    test_images: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        object.__setattr__(self, "shape", _tuple("fake.shape", self.shape))
+        if len(self.shape) != 3:
+            raise ConfigError(f"fake.shape must be (channels, height, width), got {list(self.shape)}.")
+        for size in self.shape:
+            _integer("fake.shape", size, least=1)
+        _integer("fake.classes", self.classes, least=1)
+        _integer("fake.train_images", self.train_images, least=1)
+        _integer("fake.test_images", self.test_images, least=0)
+        _integer("fake.seed", self.seed, least=0, most=_LARGEST_SEED)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Args:
+        model: A registered model; `gunn models` lists them.
+        data: Data set, digits or fake.
+        epochs: Passes over the training split.
+        batch_size: Images of a training step.
+        eval_batch_size: Images at a time in evaluation.
+        lr: Learning rate of the beginning.
+        seed: Of initial weights, order and augmentation.
+        device: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one that the package has kernels for.
+        output: Run directory; null: runs/<model>-<data>-seed<seed>.
+        optimizer: Stochastic gradient descent.
+        schedule: Step schedule of the learning rate.
+        augment: Augmentation of the training images.
+        digits: Options of the data set digits.
+        fake: Options of the data set fake.
+
+    Raises:
+        ConfigError: A value is of the wrong type, not finite or out of range.
+    """
+
+    model: str = "gunn_tiny"
+    data: str = "digits"
+    epochs: int = 16
+    batch_size: int = 32
+    eval_batch_size: int = 256
+    lr: float = 0.1
+    seed: int = 0
+    device: str = "auto"
+    output: str | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
+    fake: FakeConfig = field(default_factory=FakeConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values, and those that depend on each other."""
+        _string("model", self.model)
+        _string("data", self.data)
+        if self.data not in DATASETS:
+            hint = _hint(self.data, DATASETS)
+            raise ConfigError(f"data must be one of {', '.join(DATASETS)}, got {self.data!r}.{hint}")
+        _integer("epochs", self.epochs, least=1)
+        _integer("batch_size", self.batch_size, least=1)
+        _integer("eval_batch_size", self.eval_batch_size, least=1)
+        _number("lr", self.lr, above=0)
+        _integer("seed", self.seed, least=0, most=_LARGEST_SEED)
+        _string("device", self.device)
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}.") from None
+        if self.output is not None:
+            _string("output", self.output)
+        for group in dataclasses.fields(self):
+            default = group.default_factory
+            if default is not dataclasses.MISSING and not isinstance(getattr(self, group.name), default):  # type: ignore[arg-type]
+                raise ConfigError(
+                    f"{group.name} must be a {default.__name__}, got {getattr(self, group.name)!r}."  # type: ignore[attr-defined]
+                )
+        padding, height = self.augment.crop_padding, min(self.image_shape[1:])
+        if padding is not None and padding > height:
+            raise ConfigError(
+                f"augment.crop_padding ({padding}) must not exceed the image size ({height}); lower it or enlarge the "
+                "images."
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images of this data set."""
+        return self.fake.shape if self.data == "fake" else (1, self.digits.image_size, self.digits.image_size)
+
+    @property
+    def run_directory(self) -> Path:
+        """``output``, or the default made of model, data and seed."""
+        return Path(self.output or f"runs/{self.model}-{self.data}-seed{self.seed}")
+
+    def resolved(self) -> Config:
+        """The same settings with every null replaced by what it stands for; the device stays as it was asked for."""
+        natural = self.data != "digits"
+        augment = replace(
+            self.augment,
+            mirror=natural if self.augment.mirror is None else self.augment.mirror,
+            crop_padding=(
+                min(self.image_shape[1:]) // (8 if natural else 16)
+                if self.augment.crop_padding is None
+                else self.augment.crop_padding
+            ),
+        )
+        return replace(self, output=str(self.run_directory), augment=augment)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, as written to YAML and into checkpoints."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Build a configuration from nested mappings; what is not named keeps its default.
+
+        Raises:
+            ConfigError: A key is unknown (the message suggests the nearest) or a value is wrong.
+        """
+        check_keys(values)
+        return _build(cls, values)
+
+
+def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configurations differ, by dotted name; where a run lies and on what is left out."""
+    flat_ours, flat_theirs = (_flatten(config.resolved().to_dict()) for config in (ours, theirs))
+    return {
+        name: (value, flat_theirs[name])
+        for name, value in flat_ours.items()
+        if value != flat_theirs[name] and name not in ("output", "device")
+    }
+
+
+def load_config(path: Path | str) -> Config:
+    """Read a configuration from a YAML file.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown, or a value is wrong; the message names the file.
+    """
+    try:
+        return Config.from_dict(read_yaml(path))
+    except ConfigError as error:
+        raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None
+
+
+def save_config(config: Config, path: Path | str) -> None:
+    """Write a configuration as YAML."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Read a mapping of settings and check its keys; the values are not checked yet.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, or a key is unknown; the message names the file.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a YAML file of settings.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    try:
+        check_keys(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return values
+
+
+def check_keys(values: Any, cls: type = Config, prefix: str = "") -> None:
+    """Check that a nested mapping holds no keys but those of a configuration.
+
+    Raises:
+        ConfigError: It does; the message suggests the nearest key.
+    """
+    if not isinstance(values, Mapping):
+        name = f"{prefix.rstrip('.')} must be" if prefix else "expected"
+        raise ConfigError(f"{name} a mapping of settings to values, got {values!r}.")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(unknown_key(f"{prefix}{key}"))
+        nested = _groups(cls).get(key)
+        if nested is not None:
+            check_keys(value, nested, f"{prefix}{key}.")
+
+
+def unknown_key(name: str) -> str:
+    """The message for a setting that does not exist, with the nearest that does."""
+    names = list(_flatten(Config().to_dict()))
+    near = difflib.get_close_matches(name, names, n=1)
+    if not near:  # the right name in the wrong group
+        near = [full for full in names if full.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = f" Did you mean {near[0]!r}?" if near else f" Known settings: {', '.join(names)}."
+    return f"unknown setting {name!r}.{hint}"
+
+
+def _groups(cls: type) -> dict[str, type]:
+    """The fields of ``cls`` that are configurations themselves."""
+    return {
+        f.name: f.default_factory  # type: ignore[misc]
+        for f in dataclasses.fields(cls)
+        if isinstance(f.default_factory, type) and is_dataclass(f.default_factory)
+    }
+
+
+def _build(cls: type[C], values: Mapping[str, Any]) -> C:
+    groups, built = _groups(cls), {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.name in values:
+            value = values[f.name]
+            built[f.name] = _build(groups[f.name], value) if f.name in groups else _as_number(value, f.default)
+    return cls(**built)
+
+
+def _as_number(value: Any, default: Any) -> Any:
+    """YAML takes 1e-3 for a text (it wants 1.0e-3): a text that is a number is one where a float is expected."""
+    if isinstance(default, float) and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _hint(value: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}.")
+
+
+def _string(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a text, got {value!r}.")
+
+
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name} must be a list, got {value!r}.")
+    return tuple(value)
+
+
+def _integer(name: str, value: Any, *, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, got {value!r}.")
+    if value < least or (most is not None and value > most):
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} must be {limits}, got {value}.")
+
+
+def _number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number, got {value!r}.")
+    bounds = {"above": above, "at least": least, "below": below, "at most": most}
+    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    inside = (
+        (above is None or value > above)
+        and (least is None or value >= least)
+        and (below is None or value < below)
+        and (most is None or value <= most)
+    )
+    if not math.isfinite(value) or not inside:
+        raise ConfigError(f"{name} must be a finite number {wanted}, got {value}.")

@@ -1,0 +1,8 @@
+"""The build is described by pyproject.toml and CMakeLists.txt; this only sends ``python setup.py install`` to pip."""
+
+import subprocess
+import sys
+
+if __name__ == "__main__":
+    arguments = {"install": ["."], "develop": ["-e", "."]}.get((sys.argv[1:] or ["install"])[0])
+    sys.exit("use: pip install ." if arguments is None else subprocess.call([sys.executable, "-m", "pip", "install", *arguments]))
