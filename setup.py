@@ -5,4 +5,6 @@ import sys
 
 if __name__ == "__main__":
     arguments = {"install": ["."], "develop": ["-e", "."]}.get((sys.argv[1:] or ["install"])[0])
-    sys.exit("use: pip install ." if arguments is None else subprocess.call([sys.executable, "-m", "pip", "install", *arguments]))
+    if arguments is None:
+        sys.exit("use: pip install .")
+    sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", *arguments]))

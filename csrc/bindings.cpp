@@ -92,8 +92,8 @@ const std::pair<const char*, Forward> kForwardSteps[] = {{"begin", Forward::begi
                                                          {"project", Forward::project},
                                                          {"finish", Forward::finish}};
 const std::pair<const char*, Backward> kBackwardSteps[] = {
-    {"begin", Backward::begin}, {"project", Backward::project}, {"spatial", Backward::spatial},
-    {"reduce", Backward::reduce}, {"input", Backward::input},   {"finish", Backward::finish}};
+    {"begin", Backward::begin},   {"project", Backward::project}, {"spatial", Backward::spatial},
+    {"reduce", Backward::reduce}, {"input", Backward::input},     {"finish", Backward::finish}};
 
 void check_place(const LayerShape& shape, int64_t segment, int64_t unit) {
   require(segment >= 0 && segment < shape.segments, "segment ", segment, " is not one of the layer's ", shape.segments,
@@ -111,8 +111,8 @@ auto with_dtype(const std::string& dtype, Work work) {
 
 std::tuple<int64_t, int64_t, int64_t> sizes(const LayerShape& shape, const Options& options, const std::string& dtype,
                                             bool keep) {
-  const Sizes sizes = with_dtype(
-      dtype, [&](auto scalar) { return cpu_kernels<decltype(scalar)>().sizes(shape, options, keep); });
+  const Sizes sizes =
+      with_dtype(dtype, [&](auto scalar) { return cpu_kernels<decltype(scalar)>().sizes(shape, options, keep); });
   return {sizes.pixels, sizes.forward_workspace, sizes.backward_workspace};
 }
 
@@ -125,12 +125,9 @@ void forward(const LayerShape& shape, const Options& options, const std::string&
   with_dtype(dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const auto units = make_units<const Scalar>(shape, parameters);
-    const ForwardTensors<Scalar> tensors{make_map<const Scalar>(x, x_strides),
-                                         make_map<Scalar>(y, y_strides),
-                                         units.data(),
-                                         pointer<Scalar>(statistics),
-                                         pointer<Scalar>(saved),
-                                         pointer<std::byte>(workspace)};
+    const ForwardTensors<Scalar> tensors{
+        make_map<const Scalar>(x, x_strides), make_map<Scalar>(y, y_strides), units.data(),
+        pointer<Scalar>(statistics),          pointer<Scalar>(saved),         pointer<std::byte>(workspace)};
     const auto& kernels = cpu_kernels<Scalar>();
     if (step.empty()) {
       kernels.forward(shape, options, tensors);
@@ -201,8 +198,8 @@ PYBIND11_MODULE(_core, m) {
            "expansion"_a, "units"_a, "shortcut"_a, "residual"_a)
       .def_property_readonly("rows", &LayerShape::rows);
   py::class_<Options>(m, "Options")
-      .def(py::init(&make_options), "shape"_a, py::kw_only(), "batch_statistics"_a, "eps"_a, "threads"_a,
-           "count"_a = 0, "need_input"_a = true, "need_parameters"_a = true, "stepwise"_a = false);
+      .def(py::init(&make_options), "shape"_a, py::kw_only(), "batch_statistics"_a, "eps"_a, "threads"_a, "count"_a = 0,
+           "need_input"_a = true, "need_parameters"_a = true, "stepwise"_a = false);
 
   m.def("build_info", &build_info);
   m.def("simd_level", &simd_level);
@@ -210,7 +207,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("forward", &forward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "x"_a, "x_strides"_a, "y"_a,
         "y_strides"_a, "parameters"_a, "statistics"_a, "saved"_a, "workspace"_a, "step"_a = "", "segment"_a = 0,
         "unit"_a = 0, release);
-  m.def("backward", &backward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "grad_y"_a, "grad_y_strides"_a,
-        "x"_a, "x_strides"_a, "y"_a, "y_strides"_a, "grad_x"_a, "grad_x_strides"_a, "parameters"_a, "grads"_a,
-        "statistics"_a, "saved"_a, "workspace"_a, "sums"_a = 0, "step"_a = "", "segment"_a = 0, "unit"_a = 0, release);
+  m.def("backward", &backward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "grad_y"_a, "grad_y_strides"_a, "x"_a,
+        "x_strides"_a, "y"_a, "y_strides"_a, "grad_x"_a, "grad_x_strides"_a, "parameters"_a, "grads"_a, "statistics"_a,
+        "saved"_a, "workspace"_a, "sums"_a = 0, "step"_a = "", "segment"_a = 0, "unit"_a = 0, release);
 }

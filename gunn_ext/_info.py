@@ -21,6 +21,14 @@ def _installed_version() -> str | None:
         return None
 
 
+def _driver_version() -> str | None:
+    try:
+        version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # torch's own name, in CUDA builds only
+        return None
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def info() -> dict[str, Any]:
     """Versions, the backends that were built and why another is missing, instruction set, threads, CUDA.
 
@@ -44,6 +52,6 @@ def info() -> dict[str, Any]:
         "openmp": core["openmp"],
         "threads": torch.get_num_threads(),
         "cuda_runtime": torch.version.cuda,
-        "cuda_driver": torch._C._cuda_getDriverVersion() if cuda else None,
+        "cuda_driver": _driver_version() if cuda else None,
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }

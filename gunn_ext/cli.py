@@ -141,7 +141,8 @@ def _parse(arguments: Sequence[str], defaults: Mapping[str, Any] | None) -> dict
 
     parser = ArgumentParser(
         prog="gunn train",
-        description="Train a network. Every option may also stand in a YAML file, under the same name.",
+        description="Train a network. Every option may also stand in a YAML file, under the same name. Ctrl-C ends a "
+        "run; --resume goes on after its last completed epoch.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,

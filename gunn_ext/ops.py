@@ -310,6 +310,121 @@ def _(
     return (_empty_like(x) if need_input else x.new_empty(0)), grads
 
 
+# --- Step by step --------------------------------------------------------------------------------------------------
+
+
+class ForwardSteps:
+    """The training forward in steps, for callers that put something between them, such as statistics of many ranks.
+
+    ``begin``; then for every segment and unit in order ``reduce``, ``spatial``, ``project``; then ``finish``. After
+    ``reduce`` the rows of the reduce and shortcut batch norms stand in ``statistics``, after ``spatial`` and
+    ``project`` theirs. Whoever changes them there changes what the next step normalises with.
+
+    Attributes:
+        y: The output, complete after ``finish``.
+        statistics: ``(2, P, rows)``: mean and biased variance.
+    """
+
+    def __init__(self, x: Tensor, layer: StackedLayer) -> None:
+        """Allocate everything for the layer on ``x``: float32 or float64 on the CPU, not empty."""
+        self._call = _step_call(x, layer, 0)
+        self._x = x
+        self._parameters = [tensor.detach().contiguous() for tensor in parameter_list(layer)]
+        self._workspace = _workspace(self._call.sizes(False)[1])
+        self.y = _empty_like(x)
+        self.statistics = x.new_empty((2, layer.segments, self._call.shape.rows))
+
+    def step(self, name: str, segment: int = 0, unit: int = 0) -> None:
+        """Run one step on the whole batch."""
+        _core.forward(
+            self._call.shape,
+            self._call.options,
+            self._call.name,
+            x=self._x.data_ptr(),
+            x_strides=self._x.stride(),
+            y=self.y.data_ptr(),
+            y_strides=self.y.stride(),
+            parameters=_addresses(self._parameters),
+            statistics=self.statistics.data_ptr(),
+            saved=0,
+            workspace=self._workspace.data_ptr(),
+            step=name,
+            segment=segment,
+            unit=unit,
+        )
+
+
+class BackwardSteps:
+    """The training backward in steps, as `ForwardSteps`.
+
+    ``begin``; for every segment and unit in reverse ``project``, ``spatial``, ``reduce``, ``input``; ``finish``. After ``project``, ``spatial`` and ``reduce`` the rows of their batch norms (after ``project`` also the
+    shortcut's) stand in ``sums``; whoever changes them there changes what the next step sees.
+
+    Args:
+        grad_y: Gradient of the output.
+        x: The forward's input.
+        y: The forward's output.
+        statistics: What the forward normalised with.
+        layer: The layer.
+        count: Values per channel behind the statistics, of all ranks; 0 for those of this batch.
+
+    Attributes:
+        grad_x: Gradient of ``x``, complete after ``finish``.
+        grads: Gradients in the order of `parameter_list`, from this batch alone, complete after ``finish``.
+        sums: ``(2, P, rows)`` float64: sums of d and of d (z - mean), d the gradient of the batch norm's output.
+    """
+
+    def __init__(
+        self, grad_y: Tensor, x: Tensor, y: Tensor, statistics: Tensor, layer: StackedLayer, count: int = 0
+    ) -> None:
+        """Allocate everything; arguments as the class says."""
+        self._call = _step_call(x, layer, count)
+        self._tensors = {"grad_y": grad_y, "x": x, "y": y}
+        self._statistics = statistics.contiguous()
+        self._parameters = [tensor.detach().contiguous() for tensor in parameter_list(layer)]
+        self._workspace = _workspace(self._call.sizes(False)[2])
+        self.grad_x = _empty_like(x)
+        self.grads = [torch.empty_like(p) for p in self._parameters]
+        self.sums = torch.zeros((2, layer.segments, self._call.shape.rows), dtype=torch.float64)
+
+    def step(self, name: str, segment: int = 0, unit: int = 0) -> None:
+        """Run one step on the whole batch."""
+        maps: dict[str, Any] = {}
+        for key, tensor in {**self._tensors, "grad_x": self.grad_x}.items():
+            maps[key], maps[f"{key}_strides"] = tensor.data_ptr(), tensor.stride()
+        _core.backward(
+            self._call.shape,
+            self._call.options,
+            self._call.name,
+            **maps,
+            parameters=_addresses(self._parameters),
+            grads=_addresses(self.grads),
+            statistics=self._statistics.data_ptr(),
+            saved=0,
+            workspace=self._workspace.data_ptr(),
+            sums=self.sums.data_ptr(),
+            step=name,
+            segment=segment,
+            unit=unit,
+        )
+
+
+def _step_call(x: Tensor, layer: StackedLayer, count: int) -> _Call:
+    serves = backend(x.device, x.dtype)
+    if serves == "reference" or x.device.type != "cpu" or x.numel() == 0:
+        raise ValueError(
+            f"steps of a layer run on the CPU kernels: expected a non-empty float32 or float64 CPU tensor, got "
+            f"{tuple(x.shape)} {x.dtype} on {x.device}."
+        )
+    _check_parameters(x, parameter_list(layer))
+    shape = _layer_shape(x.shape, layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual)
+    threads = _threads(x, layer.expansion)
+    options = _core.Options(
+        shape, batch_statistics=True, eps=layer.eps, threads=threads, count=count, stepwise=True
+    )
+    return _Call(shape, options, x.dtype)
+
+
 # --- Autograd ------------------------------------------------------------------------------------------------------
 
 
@@ -358,7 +473,7 @@ def parameter_list(layer: StackedLayer) -> list[Tensor]:
     batch norm.
     """
     ordered: list[Tensor] = []
-    for unit in layer.units:
+    for unit in layer.unit_list():
         convs = [unit.reduce, unit.spatial, unit.project]
         if unit.shortcut is not None:
             convs.insert(1, unit.shortcut)
@@ -368,7 +483,7 @@ def parameter_list(layer: StackedLayer) -> list[Tensor]:
 
 
 def _running_statistics(layer: StackedLayer, dtype: torch.dtype) -> Tensor:
-    norms = [bn for unit in layer.units for bn in _batch_norms(unit)]
+    norms = [bn for unit in layer.unit_list() for bn in _batch_norms(unit)]
     mean = torch.cat([bn.running_mean for bn in norms], dim=1)
     var = torch.cat([bn.running_var for bn in norms], dim=1)
     return torch.stack([mean, var]).to(dtype)
@@ -379,7 +494,7 @@ def _update_running_statistics(layer: StackedLayer, statistics: Tensor, count: i
         layer.num_batches_tracked.add_(1)
         mean, var = statistics[0], statistics[1] * (count / (count - 1))
         row = 0
-        for unit in layer.units:
+        for unit in layer.unit_list():
             for bn in _batch_norms(unit):
                 rows = slice(row, row + bn.running_mean.shape[1])
                 row = rows.stop

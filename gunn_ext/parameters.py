@@ -20,6 +20,7 @@ class StackedConv(nn.Module):
     """The P weights of one convolution, one per segment; no bias (paper section 5.1)."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Allocate and initialise the weight; ``shape`` is (P, out_channels, in_channels[, 3, 3])."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
@@ -30,6 +31,7 @@ class StackedConv(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(2.0 / (out_channels * math.prod(kernel))))
 
     def extra_repr(self) -> str:
+        """The weight's shape."""
         return "x".join(map(str, self.weight.shape))
 
 
@@ -46,6 +48,7 @@ class StackedBatchNorm(nn.Module):
     def __init__(
         self, segments: int, channels: int, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
+        """Allocate P batch norms of ``channels`` channels."""
         super().__init__()
         shape = (segments, channels)
         statistics_dtype = dtype if dtype in (None, *STATISTICS_DTYPES) else torch.float32
@@ -77,6 +80,7 @@ class StackedBatchNorm(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Shape, and whether it is frozen."""
         return "{}x{}".format(*self.weight.shape) + (", frozen" if self.frozen else "")
 
 
@@ -93,6 +97,7 @@ class Unit(nn.Module):
         device: torch.device | None,
         dtype: torch.dtype | None,
     ) -> None:
+        """Allocate P units ``in_channels`` → ``hidden`` → ``out_channels``."""
         super().__init__()
         self.reduce = StackedConv((segments, hidden, in_channels), device, dtype)
         self.reduce_bn = StackedBatchNorm(segments, hidden, device, dtype)
@@ -158,6 +163,7 @@ class StackedLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Check the sizes, allocate and initialise; arguments as the class says."""
         super().__init__()
         owner = type(self).__name__
         self.channels = _positive_int(owner, "channels", channels)
@@ -198,6 +204,10 @@ class StackedLayer(nn.Module):
     def hidden(self) -> int:
         """k, the hidden channels of a unit."""
         return self.expansion * self.width
+
+    def unit_list(self) -> list[Unit]:
+        """The stacked units, as their type."""
+        return [unit for unit in self.units if isinstance(unit, Unit)]
 
     def batch_norms(self) -> Iterator[StackedBatchNorm]:
         """All batch norms of the layer."""
@@ -290,6 +300,7 @@ class StackedLayer(nn.Module):
             return self.update(narrow)
 
     def extra_repr(self) -> str:
+        """Sizes, and the options that differ from their defaults."""
         text = f"{self.channels}, segments={self.segments}, expansion={self.expansion}, units={self.num_units}"
         defaults = {"shortcut": False, "gradual": True, "residual": True, "recompute": True}
         for name, default in defaults.items():

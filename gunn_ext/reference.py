@@ -57,7 +57,7 @@ class _Pass:
 
     def update(self, state: Tensor, layer: StackedLayer, i: int) -> Tensor:
         """U_i of the paper's equation 5: the M stacked units of segment i."""
-        first, *others = layer.units
+        first, *others = layer.unit_list()
         h = self.unit(state, first, i)
         for unit in others:
             h = self.unit(h, unit, i) + h
@@ -76,7 +76,7 @@ def reference_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     """
     this_pass = _Pass(layer, layer.average_factor() if layer.uses_batch_statistics() else 0.0)
     segments = list(x.split(layer.width, dim=1))
-    updated = []
+    updated: list[Tensor] = []
     for i, segment in enumerate(segments):
         # Gradual: the segments written back so far are seen by this one. Simultaneous: all see the original x.
         state = torch.cat(updated + segments[i:], dim=1) if layer.gradual else x

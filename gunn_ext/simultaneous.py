@@ -12,14 +12,13 @@ from gunn_ext.reference import memory_format_of
 
 def _batch_norm(z: Tensor, bn: StackedBatchNorm, factor: float, eps: float) -> Tensor:
     wide = z.dtype if z.dtype in STATISTICS_DTYPES else torch.float32
-    statistics = [bn.running_mean.view(-1), bn.running_var.view(-1)]
-    used = [t.to(wide) for t in statistics]
-    out = F.batch_norm(
-        z.to(wide), *used, bn.weight.reshape(-1).to(wide), bn.bias.reshape(-1).to(wide), bn.training, factor, eps
-    )
-    if bn.training and used[0] is not statistics[0]:
-        for kept, new in zip(statistics, used, strict=True):
-            kept.copy_(new)
+    mean, var = bn.running_mean.view(-1), bn.running_var.view(-1)
+    used_mean, used_var = mean.to(wide), var.to(wide)
+    weight, bias = bn.weight.reshape(-1).to(wide), bn.bias.reshape(-1).to(wide)
+    out = F.batch_norm(z.to(wide), used_mean, used_var, weight, bias, bn.training, factor, eps)
+    if bn.training and mean.dtype != wide:
+        mean.copy_(used_mean)
+        var.copy_(used_var)
     return out.to(z.dtype)
 
 
@@ -40,7 +39,7 @@ def simultaneous_layer(x: Tensor, layer: StackedLayer) -> Tensor:
         return _batch_norm(z, bn, factor, layer.eps)
 
     out = x
-    for m, unit in enumerate(layer.units):
+    for m, unit in enumerate(layer.unit_list()):
         rows = unit.reduce.weight.reshape(segments * hidden, -1)
         if unit.shortcut is not None:
             rows = torch.cat([rows, unit.shortcut.weight.reshape(segments * width, -1)])

@@ -20,7 +20,8 @@ struct LayerShape {
   int64_t inputs(int64_t unit) const { return unit == 0 ? channels : segment(); }
   bool projects(int64_t unit) const { return shortcut && unit == 0; }
 
-  // Rows of one segment's statistics, per unit in this order: reduce (k), shortcut (s, unit 0), spatial (k), project (s).
+  // Rows of one segment's statistics, per unit in this order: reduce (k), shortcut (s, unit 0), spatial (k), project
+  // (s).
   int64_t unit_rows(int64_t unit) const { return 2 * hidden() + segment() + (projects(unit) ? segment() : 0); }
   int64_t unit_row(int64_t unit) const { return unit == 0 ? 0 : unit_rows(0) + (unit - 1) * unit_rows(1); }
   int64_t rows() const { return unit_row(units); }

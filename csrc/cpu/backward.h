@@ -86,7 +86,8 @@ class BackwardPass {
  private:
   static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
 
-  // One thread's weight gradients of one segment, per unit: dW1 [input group][row][T], dW2 [dy][o][lanes], dW3 [s][lanes].
+  // One thread's weight gradients of one segment, per unit: dW1 [input group][row][T], dW2 [dy][o][lanes], dW3
+  // [s][lanes].
   struct GradientLayout {
     int64_t spatial_lanes, project_lanes;
     int64_t spatial[2], project[2], unit_size[2];
@@ -105,13 +106,13 @@ class BackwardPass {
 
   struct Own {
     Scratch<Scalar> scratch;
-    PaddedImage<Scalar> padded;     // dz2 for the transposed convolution
-    Slope<Scalar> slope;            // of the exchange just settled
-    Scalar* gradient;               // rows of one tile
-    Scalar* hidden_pixels;          // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
-    Scalar* gradient_pixels;        // dz with pixels outermost
-    Scalar* input_pixels;           // a few tiles of the input, [input group][pixel][T]
-    Scalar* weights[2];             // gradients of the weights, for even and odd segments
+    PaddedImage<Scalar> padded;  // dz2 for the transposed convolution
+    Slope<Scalar> slope;         // of the exchange just settled
+    Scalar* gradient;            // rows of one tile
+    Scalar* hidden_pixels;       // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
+    Scalar* gradient_pixels;     // dz with pixels outermost
+    Scalar* input_pixels;        // a few tiles of the input, [input group][pixel][T]
+    Scalar* weights[2];          // gradients of the weights, for even and odd segments
 
     Own(const LayerShape& shape, const Geometry<Scalar>& geometry)
         : scratch(shape, geometry), padded(geometry, shape.hidden()) {}
@@ -322,8 +323,7 @@ class BackwardPass {
       write_batch_norm_gradient(mine, i, m, row, *shared_sum(i, row), *shared_product(i, row));
     }
   }
-  void write_batch_norm_gradient(const Own& mine, int64_t i, int64_t m, int64_t row, double sum,
-                                 double product) const {
+  void write_batch_norm_gradient(const Own& mine, int64_t i, int64_t m, int64_t row, double sum, double product) const {
     if (!options_.need_parameters) return;
     const int64_t k = shape_.hidden(), s = shape_.segment();
     const auto& grads = tensors_.grads[m];
@@ -353,7 +353,8 @@ class BackwardPass {
     }
     const Exchange rows = exchange(0, m);
     const auto& sums = mine.scratch.sums;
-    const Scalar *mean = mine.scratch.affine.mean + rows.row[0], *shortcut_mean = mine.scratch.affine.mean + rows.row[1];
+    const Scalar *mean = mine.scratch.affine.mean + rows.row[0],
+                 *shortcut_mean = mine.scratch.affine.mean + rows.row[1];
     sums.clear(rows.total());
     for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
       if (enters) restore(mine, i, image);

@@ -114,16 +114,16 @@ struct Slope {
 
 // out = gradient of the batch norm's input for `rows` rows of one tile, zero at padding pixels.
 template <class Scalar>
-GUNN_NOINLINE void batch_norm_backward(const Scalar* d, const Scalar* z, const Scalar* mean,
-                                       const Slope<Scalar>& slope, int64_t first_row, int64_t rows,
-                                       const typename Simd<Scalar>::Int* mask, Scalar* out) {
+GUNN_NOINLINE void batch_norm_backward(const Scalar* d, const Scalar* z, const Scalar* mean, const Slope<Scalar>& slope,
+                                       int64_t first_row, int64_t rows, const typename Simd<Scalar>::Int* mask,
+                                       Scalar* out) {
   constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
   for (int64_t v = 0; v < 2; ++v) {
     const Mask<Scalar> inside = load_mask<Scalar>(mask + v * L);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * T + v * L, row = first_row + r;
-      const Vector<Scalar> dz = load<Scalar>(d + at) * slope.a[row] +
-                                (load<Scalar>(z + at) - mean[r]) * slope.b[row] + slope.c[row];
+      const Vector<Scalar> dz =
+          load<Scalar>(d + at) * slope.a[row] + (load<Scalar>(z + at) - mean[r]) * slope.b[row] + slope.c[row];
       store<Scalar>(out + at, keep<Scalar>(dz, inside));
     }
   }

@@ -113,9 +113,7 @@ class ForwardPass {
   Scalar* packed(int64_t i) const { return packed_ + i % packed_count_ * packed_step_; }
   void pack(int64_t i, int64_t part, int64_t parts) const { stages_.pack(i, packed(i), part, parts); }
   Scalar mean(int64_t i, int64_t row) const { return tensors_.statistics[i * shape_.rows() + row]; }
-  Scalar var(int64_t i, int64_t row) const {
-    return tensors_.statistics[(shape_.segments + i) * shape_.rows() + row];
-  }
+  Scalar var(int64_t i, int64_t row) const { return tensors_.statistics[(shape_.segments + i) * shape_.rows() + row]; }
 
   void begin(const Team& team) const {
     if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);

@@ -49,21 +49,17 @@ GUNN_INLINE void pack_rows(Scalar* dst, int64_t rows, int64_t inner, int64_t par
 
 template <class Scalar, int R, int V>
 GUNN_INLINE void clear(Vector<Scalar> (&acc)[R][V]) {
-  GUNN_UNROLL for (int r = 0; r < R; ++r) {
-    GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vector<Scalar>{};
-  }
+  GUNN_UNROLL for (int r = 0; r < R; ++r) { GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vector<Scalar>{}; }
 }
 
 template <class Scalar, int R, int V>
 GUNN_INLINE void multiply_step(Vector<Scalar> (&acc)[R][V], const Scalar* w, const Vector<Scalar> (&x)[V]) {
-  GUNN_UNROLL for (int r = 0; r < R; ++r) {
-    GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] += x[v] * w[r];
-  }
+  GUNN_UNROLL for (int r = 0; r < R; ++r) { GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] += x[v] * w[r]; }
 }
 
 template <class Scalar, int R, int V>
-GUNN_INLINE void multiply(Vector<Scalar> (&acc)[R][V], const Scalar* w, int64_t w_step, const Scalar* x,
-                          int64_t x_step, int64_t inner) {
+GUNN_INLINE void multiply(Vector<Scalar> (&acc)[R][V], const Scalar* w, int64_t w_step, const Scalar* x, int64_t x_step,
+                          int64_t inner) {
   for (int64_t c = 0; c < inner; ++c) {
     Vector<Scalar> in[V];
     GUNN_UNROLL for (int v = 0; v < V; ++v) in[v] = load<Scalar>(x + v * Simd<Scalar>::lanes);
@@ -127,8 +123,7 @@ GUNN_NOINLINE void outer_block(const PixelRuns& runs, const Scalar* a, const Sca
   Vector<Scalar> acc[R][V];
   clear<Scalar, R, V>(acc);
   for (int64_t line = 0; line < runs.lines; ++line) {
-    multiply<Scalar, R, V>(acc, a + line * runs.a_line, runs.a_pixel, b + line * runs.b_line, runs.b_pixel,
-                           runs.count);
+    multiply<Scalar, R, V>(acc, a + line * runs.a_line, runs.a_pixel, b + line * runs.b_line, runs.b_pixel, runs.count);
   }
   GUNN_UNROLL for (int r = 0; r < R; ++r) {
     GUNN_UNROLL for (int v = 0; v < V; ++v) {

@@ -87,8 +87,8 @@ struct Stages {
   Geometry<Scalar> geometry;
   PackedLayout packed_layout;
   Int* mask;
-  Scalar* state;       // [slot][tile][N][T]
-  Scalar* outputs;     // h after units 0 … M-2: [unit][slot][tile][s][T]
+  Scalar* state;    // [slot][tile][N][T]
+  Scalar* outputs;  // h after units 0 … M-2: [unit][slot][tile][s][T]
   int64_t slots = 0;
   PreActivations<Scalar> z;
 

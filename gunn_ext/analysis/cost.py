@@ -123,17 +123,13 @@ def _attach(count: _Count, rule: _Rule, module: nn.Module) -> RemovableHandle:
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors have shapes and no memory; the GUNN layers in it only pass shapes on."""
+    """A copy in evaluation mode whose tensors have shapes and no memory."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    copied = copy.deepcopy(model, memo).eval()
-    for module in copied.modules():
-        if isinstance(module, StackedLayer):
-            module.forward = torch.empty_like
-    return copied
+    return copy.deepcopy(model, memo).eval()
 
 
 def _full_size(model: nn.Module, input_size: tuple[int, ...] | None) -> tuple[int, int, int]:
