@@ -25,7 +25,7 @@ except ImportError as error:
         "from another folder."
     ) from error
 
-from gunn_ext.parameters import StackedBatchNorm, StackedLayer, Unit
+from gunn_ext.parameters import LAYER_DTYPES, StackedBatchNorm, StackedLayer, Unit
 from gunn_ext.reference import memory_format_of, reference_layer
 
 _log = logging.getLogger("gunn_ext")
@@ -48,16 +48,20 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
         RuntimeError: Nothing here serves ``device``.
         TypeError: ``dtype`` is not a floating dtype of the layer.
     """
-    place = torch.device(device)
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    _check_served(torch.device(device))
+    if dtype not in LAYER_DTYPES:
         raise TypeError(f"GunnLayer: expected float64, float32, bfloat16 or float16, got {dtype}; convert the input.")
-    if place.type not in ("cpu", "meta"):
-        reason = _core.build_info()["cuda_reason"]
-        raise RuntimeError(
-            f"gunn_ext was built without kernels for {place.type} ({reason}), but the input is on {place}. Move the "
-            "model and its input to the CPU, or use gunn_ext.reference.ReferenceGunnLayer. `gunn info` shows the build."
-        )
     return f"cpu/{_core.simd_level()}" if dtype in KERNEL_DTYPES else "reference"
+
+
+def _check_served(device: torch.device) -> None:
+    if device.type in ("cpu", "meta"):
+        return
+    reason = _core.build_info()["cuda_reason"]
+    raise RuntimeError(
+        f"gunn_ext was built without kernels for {device.type} ({reason}), but the input is on {device}. Move the "
+        "model and its input to the CPU, or use gunn_ext.reference.ReferenceGunnLayer. `gunn info` shows the build."
+    )
 
 
 # --- The arguments of the core -------------------------------------------------------------------------------------
@@ -126,6 +130,54 @@ def _saved_shape(x: Tensor, segments: int, expansion: int, units: int, shortcut:
     return segments, x.shape[0], shape.rows, pixels
 
 
+def _check_operands(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    **others: tuple[Tensor | None, Sequence[int]],
+) -> None:
+    """Check every tensor whose address the core is given: the operators can be called by anyone.
+
+    Raises:
+        ValueError: A shape, dtype or device that does not fit ``x`` and the sizes.
+    """
+    if x.dim() != 4 or segments < 1 or expansion < 1 or units < 1 or x.shape[1] % segments:
+        raise ValueError(
+            f"gunn_ext: x {tuple(x.shape)} must be (B, N, H, W) with N divisible by segments ({segments}), and "
+            f"expansion ({expansion}) and units ({units}) at least 1."
+        )
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"gunn_ext: the CPU kernels take float32 or float64, got {x.dtype}; convert the tensors.")
+    s = x.shape[1] // segments
+    k = expansion * s
+    shapes: list[tuple[int, ...]] = []
+    for m in range(units):
+        n = x.shape[1] if m == 0 else s
+        convs: list[tuple[int, ...]] = [(k, n), (k, k, 3, 3), (s, k)]
+        if m == 0 and shortcut:
+            convs.insert(1, (s, n))
+        for conv in convs:
+            shapes += [(segments, *conv), (segments, conv[0]), (segments, conv[0])]
+    if len(parameters) != len(shapes):
+        raise ValueError(f"gunn_ext: expected {len(shapes)} parameters for these options, got {len(parameters)}.")
+    named: list[tuple[str, Tensor | None, Sequence[int]]] = [
+        (f"parameters[{index}]", p, shape) for index, (p, shape) in enumerate(zip(parameters, shapes, strict=True))
+    ]
+    named += [(name, tensor, shape) for name, (tensor, shape) in others.items()]
+    for name, tensor, shape in named:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"gunn_ext: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"gunn_ext: {name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}."
+            )
+
+
 # --- The two operators ---------------------------------------------------------------------------------------------
 
 
@@ -160,17 +212,17 @@ def layer_forward(
         y like ``x``; the batch's statistics ``(2, P, rows)``, empty where they were given; the pre-activations
         ``(P, B, rows, pixels)`` in the layout of the kernels, empty unless ``keep``.
     """
+    sizes = (segments, expansion, units, shortcut)
+    _check_operands(x, parameters, *sizes, statistics=(statistics, _statistics_shape(x, *sizes)))
     y = _empty_like(x)
     batch_statistics = statistics is None
     used = statistics
     if used is None:
-        used = x.new_empty(_statistics_shape(x, segments, expansion, units, shortcut))
-    saved = x.new_empty(_saved_shape(x, segments, expansion, units, shortcut) if keep else (0,))
+        used = x.new_empty(_statistics_shape(x, *sizes))
+    saved = x.new_empty(_saved_shape(x, *sizes) if keep else (0,))
     if x.numel():
         shape = _layer_shape(x.shape, segments, expansion, units, shortcut, residual)
-        options = _core.Options(
-            shape, batch_statistics=batch_statistics, eps=eps, threads=_threads(x, expansion)
-        )
+        options = _core.Options(shape, batch_statistics=batch_statistics, eps=eps, threads=_threads(x, expansion))
         call = _Call(shape, options, x.dtype)
         contiguous = [tensor.contiguous() for tensor in parameters]
         used = used.contiguous()
@@ -249,11 +301,21 @@ def layer_backward(
     Returns:
         The gradient of ``x`` (empty unless needed) and those of ``parameters`` (an empty list unless needed).
     """
+    sizes = (segments, expansion, units, shortcut)
+    _check_operands(
+        x,
+        parameters,
+        *sizes,
+        grad_y=(grad_y, x.shape),
+        y=(y, x.shape),
+        statistics=(statistics, _statistics_shape(x, *sizes)),
+        saved=(saved, () if saved is None else _saved_shape(x, *sizes)),
+    )
     grad_x = _empty_like(x) if need_input else x.new_empty(0)
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if need_parameters else []
     if x.numel() == 0:
         return grad_x, [grad.zero_() for grad in grads]
-    keep = saved is not None and saved.numel() > 0
+    keep = saved is not None
     shape = _layer_shape(x.shape, segments, expansion, units, shortcut, residual)
     options = _core.Options(
         shape,
@@ -282,7 +344,7 @@ def layer_backward(
         parameters=_addresses(contiguous),
         grads=_addresses(grads),
         statistics=used.data_ptr(),
-        saved=saved.data_ptr() if saved is not None and keep else 0,
+        saved=saved.data_ptr() if saved is not None else 0,
         workspace=workspace.data_ptr(),
     )
     return grad_x, grads
@@ -357,8 +419,9 @@ class ForwardSteps:
 class BackwardSteps:
     """The training backward in steps, as `ForwardSteps`.
 
-    ``begin``; for every segment and unit in reverse ``project``, ``spatial``, ``reduce``, ``input``; ``finish``. After ``project``, ``spatial`` and ``reduce`` the rows of their batch norms (after ``project`` also the
-    shortcut's) stand in ``sums``; whoever changes them there changes what the next step sees.
+    ``begin``; for every segment and unit in reverse ``project``, ``spatial``, ``reduce``, ``input``; ``finish``. After
+    ``project``, ``spatial`` and ``reduce`` the rows of their batch norms (after ``project`` also the shortcut's) stand
+    in ``sums``; whoever changes them there changes what the next step sees.
 
     Args:
         grad_y: Gradient of the output.
@@ -416,12 +479,11 @@ def _step_call(x: Tensor, layer: StackedLayer, count: int) -> _Call:
             f"steps of a layer run on the CPU kernels: expected a non-empty float32 or float64 CPU tensor, got "
             f"{tuple(x.shape)} {x.dtype} on {x.device}."
         )
-    _check_parameters(x, parameter_list(layer))
+    layer.check_input(x)
+    layer.check_parameters(x)
     shape = _layer_shape(x.shape, layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual)
     threads = _threads(x, layer.expansion)
-    options = _core.Options(
-        shape, batch_statistics=True, eps=layer.eps, threads=threads, count=count, stepwise=True
-    )
+    options = _core.Options(shape, batch_statistics=True, eps=layer.eps, threads=threads, count=count, stepwise=True)
     return _Call(shape, options, x.dtype)
 
 
@@ -429,35 +491,37 @@ def _step_call(x: Tensor, layer: StackedLayer, count: int) -> _Call:
 
 
 class _GunnFunction(torch.autograd.Function):
-    """Saves x, y, the parameters and the statistics; with ``keep`` the pre-activations too."""
+    """Ties y to x and the parameters. Saves x, y, the parameters, the statistics; pre-activations where kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, statistics: Tensor | None, static: tuple[Any, ...], keep: bool, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        y, batch_statistics, saved = layer_forward(x, list(parameters), statistics, *static, keep)
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        statistics: Tensor,
+        saved: Tensor | None,
+        static: tuple[Any, ...],
+        training: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
         ctx.static = static
-        ctx.training = statistics is None
-        ctx.keep = keep
-        used = batch_statistics if statistics is None else statistics
-        ctx.save_for_backward(x, y, used, *((saved,) if keep else ()), *parameters)
-        ctx.mark_non_differentiable(batch_statistics)
-        return y, batch_statistics
+        ctx.training = training
+        ctx.save_for_backward(x, y, statistics, saved, *parameters)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, statistics, *rest = ctx.saved_tensors
-        saved = rest.pop(0) if ctx.keep else None
-        needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, statistics, saved, *parameters = ctx.saved_tensors
+        need_input, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         grad_x, grads = layer_backward(
-            grad_y, x, y, rest, statistics, saved, *ctx.static, ctx.training, needs_x, any(needs_parameters)
+            grad_y, x, y, parameters, statistics, saved, *ctx.static, ctx.training, need_input, any(need_parameters)
         )
         wanted = [
             grad if needed else None
-            for grad, needed in zip(grads or [None] * len(rest), needs_parameters, strict=True)
+            for grad, needed in zip(grads or [None] * len(parameters), need_parameters, strict=True)
         ]
-        return grad_x if needs_x else None, None, None, None, *wanted
+        return grad_x if need_input else None, None, None, None, None, None, *wanted
 
 
 def _batch_norms(unit: Unit) -> list[StackedBatchNorm]:
@@ -506,22 +570,6 @@ def _update_running_statistics(layer: StackedLayer, statistics: Tensor, count: i
                     running.lerp_(new.to(running.dtype), factor)
 
 
-def _check_parameters(x: Tensor, parameters: Sequence[Tensor]) -> None:
-    # Narrow inputs with float32 parameters are how autocast runs the layer.
-    allowed = {x.dtype} if x.dtype in KERNEL_DTYPES else {x.dtype, torch.float32}
-    for parameter in parameters:
-        if parameter.device != x.device:
-            raise RuntimeError(
-                f"GunnLayer: the input is on {x.device}, but the layer's parameters are on {parameter.device}; move "
-                "one of them with .to(device)."
-            )
-        if parameter.dtype not in allowed:
-            raise TypeError(
-                f"GunnLayer: the input is {x.dtype}, but the layer's parameters are {parameter.dtype}; convert one of "
-                "them with .to(dtype), or use torch.autocast."
-            )
-
-
 def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     """Update the segments of ``x`` one after another on the fused kernels (Qiao et al. 2018, eq. 4-5).
 
@@ -529,33 +577,39 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     is logged once.
 
     Args:
-        x: Feature map ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides. Not modified.
+        x: Feature map ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides; checked by the layer. Not
+            modified.
         layer: Holds parameters, options and batch-norm modes; its running statistics are updated in training.
 
     Returns:
         ``(B, N, H, W)``, dtype and memory format of ``x``.
 
     Raises:
-        RuntimeError: No kernel serves the device, or devices differ.
-        TypeError: Dtypes differ, or are none of the layer's.
+        RuntimeError: No kernel serves the device.
     """
-    parameters = parameter_list(layer)
-    serves = backend(x.device, x.dtype)
-    _check_parameters(x, parameters)
-    if serves == "reference":
+    _check_served(x.device)
+    if x.dtype not in KERNEL_DTYPES:
         _tell_once(
             f"{x.dtype} on {x.device.type}",
             f"gunn_ext: no {x.device.type} kernels for {x.dtype}; the reference implementation serves, slowly.",
         )
         return reference_layer(x, layer)
+    parameters = parameter_list(layer)
     training = layer.uses_batch_statistics()
-    statistics = None if training else _running_statistics(layer, x.dtype)
+    given = None if training else _running_statistics(layer, x.dtype)
     static = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual, layer.eps)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
-    y, batch_statistics = _GunnFunction.apply(x, statistics, static, needs_grad and not layer.recompute, *parameters)
+    keep = needs_grad and not layer.recompute
+    with torch.no_grad():
+        y, batch_statistics, saved = layer_forward(x, parameters, given, *static, keep)
     if training:
+        # Before autograd saves anything: activation checkpointing may stop a second forward right after that, and
+        # the running statistics shall count it as those of ordinary batch norms do.
         _update_running_statistics(layer, batch_statistics, x.shape[0] * x.shape[2] * x.shape[3])
-    return y
+    if not needs_grad:
+        return y
+    statistics = batch_statistics if given is None else given
+    return _GunnFunction.apply(x, y, statistics, saved if keep else None, static, training, *parameters)
 
 
 @torch.compiler.disable

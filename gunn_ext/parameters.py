@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 STATISTICS_DTYPES = (torch.float32, torch.float64)
+LAYER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class StackedConv(nn.Module):
@@ -45,9 +46,7 @@ class StackedBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(
-        self, segments: int, channels: int, device: torch.device | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, segments: int, channels: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Allocate P batch norms of ``channels`` channels."""
         super().__init__()
         shape = (segments, channels)
@@ -178,7 +177,7 @@ class StackedLayer(nn.Module):
             )
         if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
             raise ValueError(f"{owner}: eps must be a finite number above 0, got {eps!r}.")
-        if momentum is not None and not (math.isfinite(momentum) and 0 <= momentum <= 1):
+        if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
             raise ValueError(f"{owner}: momentum must lie in [0, 1] or be None, got {momentum!r}.")
         self.shortcut = bool(shortcut)
         self.gradual = bool(gradual)
@@ -245,11 +244,12 @@ class StackedLayer(nn.Module):
         return modes.pop()
 
     def check_input(self, x: Tensor) -> None:
-        """Check ``x`` against this layer.
+        """Check ``x`` against this layer's sizes and modes.
 
         Raises:
             ValueError: Rank, channel count, an empty batch or one value per channel in training.
-            TypeError: A dtype that is not floating point.
+            TypeError: A dtype that no layer takes.
+            RuntimeError: The batch norms are in mixed modes.
         """
         owner = type(self).__name__
         if x.dim() != 4:
@@ -259,7 +259,7 @@ class StackedLayer(nn.Module):
                 f"{owner}: expected {self.channels} channels, got {x.shape[1]} (input shape {tuple(x.shape)}); "
                 "build the layer with channels equal to dimension 1 of its input."
             )
-        if not x.is_floating_point():
+        if x.dtype not in LAYER_DTYPES:
             raise TypeError(
                 f"{owner}: expected a float64, float32, bfloat16 or float16 input, got {x.dtype}; convert it first."
             )
@@ -270,6 +270,27 @@ class StackedLayer(nn.Module):
                 f"{owner}: expected more than 1 value per channel when training, got input shape {tuple(x.shape)}; "
                 "use a larger batch, or call eval() or freeze_batch_norm()."
             )
+
+    def check_parameters(self, x: Tensor) -> None:
+        """Check that the parameters are where and what ``x`` is.
+
+        Raises:
+            RuntimeError: Devices differ.
+            TypeError: Dtypes differ. Narrow inputs with float32 parameters are how autocast runs the layer.
+        """
+        allowed = {x.dtype} if x.dtype in STATISTICS_DTYPES else {x.dtype, torch.float32}
+        owner = type(self).__name__
+        for parameter in self.parameters():
+            if parameter.device != x.device:
+                raise RuntimeError(
+                    f"{owner}: the input is on {x.device}, but the layer's parameters are on {parameter.device}; move "
+                    "one of them with .to(device)."
+                )
+            if parameter.dtype not in allowed:
+                raise TypeError(
+                    f"{owner}: the input is {x.dtype}, but the layer's parameters are {parameter.dtype}; convert one "
+                    "of them with .to(dtype), or use torch.autocast."
+                )
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the layer on a checked input, autocast already applied."""
@@ -293,9 +314,11 @@ class StackedLayer(nn.Module):
         self.check_input(x)
         kind = x.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
+            self.check_parameters(x)
             return self.update(x)
         # As autocast does with convolutions: float64 stays.
         narrow = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        self.check_parameters(narrow)
         with torch.autocast(kind, enabled=False):
             return self.update(narrow)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gunn_ext import GunnLayer, ReferenceGunnLayer, ops
 
 OPTIONS = [
@@ -141,7 +142,9 @@ def test_two_ranks_that_share_statistics_are_one_batch(options):
     y.backward(grad)
     torch.testing.assert_close(torch.cat([rank.y for rank in ranks]), y, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(torch.cat([back.grad_x for back in backs]), whole.grad, rtol=1e-8, atol=1e-10)
-    for ours, parameter in zip(zip(*(back.grads for back in backs), strict=True), ops.parameter_list(oracle), strict=True):
+    for ours, parameter in zip(
+        zip(*(back.grads for back in backs), strict=True), ops.parameter_list(oracle), strict=True
+    ):
         torch.testing.assert_close(sum(ours), parameter.grad, rtol=1e-8, atol=1e-9)
 
 

@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gunn_ext import ops
+from gunn_ext._info import __version__
 from gunn_ext.data import Augmentation, ImageDataset, Split, augment, batches, load_digits, make_fake
 from gunn_ext.data.dataset import batches_per_epoch
 from gunn_ext.layers import GunnLayer
@@ -393,8 +393,4 @@ class _Run:
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    try:
-        own = metadata.version("gunn_ext")
-    except metadata.PackageNotFoundError:
-        own = "not installed"
-    return {"gunn_ext": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {"gunn_ext": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
