@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -12,13 +11,6 @@ from gunn_ext import ops
 
 # Kept in pyproject.toml alone; the compiled module carries the copy it was built with.
 __version__: str = ops.core_info()["version"]
-
-
-def _installed_version() -> str | None:
-    try:
-        return metadata.version("gunn-ext")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _driver_version() -> str | None:
@@ -40,7 +32,6 @@ def info() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "gunn_ext": __version__,
-        "gunn_ext_metadata": _installed_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

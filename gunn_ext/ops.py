@@ -287,7 +287,7 @@ def layer_backward(
         y: The forward's output.
         parameters: The forward's.
         statistics: ``(2, P, rows)``: what the forward normalised with.
-        saved: The forward's pre-activations, or None to recompute them.
+        saved: The forward's pre-activations; None or empty to recompute them.
         segments: P.
         expansion: K.
         units: M.
@@ -302,6 +302,8 @@ def layer_backward(
         The gradient of ``x`` (empty unless needed) and those of ``parameters`` (an empty list unless needed).
     """
     sizes = (segments, expansion, units, shortcut)
+    if saved is not None and saved.numel() == 0:
+        saved = None
     _check_operands(
         x,
         parameters,
