@@ -5,8 +5,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import gunn_ext
 import pytest
+
+import gunn_ext
 
 CLONE = Path(__file__).resolve().parent.parent
 
