@@ -61,3 +61,12 @@ def test_no_function_of_the_standard_library_is_compiled_for_one_instruction_set
     symbols = subprocess.run(["nm", "-C", str(made)], capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line for line in symbols if line[17:18] in ("W", "V", "u")] == []  # weak: any object's copy may win
     assert any("kernels_baseline" in line for line in symbols)
+
+
+def test_the_python_example_of_the_readme_runs():
+    names: dict = {}
+    example = (CLONE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["y"].shape == (16, 240, 32, 32)
+    assert names["logits"].shape == (8, 100)
+    assert [tuple(stage.shape[1:]) for stage in names["stages"]] == [(240, 32, 32), (300, 16, 16), (360, 8, 8)]
