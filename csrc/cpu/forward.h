@@ -4,8 +4,6 @@
 // barrier. Given statistics: nothing to exchange, so images outside and segments inside: an image stays in the cache.
 #pragma once
 
-#include <omp.h>
-
 #include "cpu/stages.h"
 
 namespace gunn {
@@ -182,12 +180,12 @@ class ForwardPass {
     const double plane = static_cast<double>(shape_.height * shape_.width);
     const double total = static_cast<double>(shape_.batch) * plane;
     double sum = 0, squares = 0;
-    for (Team each{0, team.size}; each.index < team.size; ++each.index) {
+    for (Team each{0, team.size, nullptr}; each.index < team.size; ++each.index) {
       const double count = static_cast<double>(each.end(shape_.batch) - each.begin(shape_.batch)) * plane;
       if (count > 0) sum += count * partial(slot, each.index)[2 * r];
     }
     const double centre = sum / total;
-    for (Team each{0, team.size}; each.index < team.size; ++each.index) {
+    for (Team each{0, team.size, nullptr}; each.index < team.size; ++each.index) {
       const double count = static_cast<double>(each.end(shape_.batch) - each.begin(shape_.batch)) * plane;
       if (count > 0) {
         const double* of = partial(slot, each.index) + 2 * r;

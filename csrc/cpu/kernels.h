@@ -1,6 +1,8 @@
 // The table of one instruction set's kernels. Included by exactly one level_*.cpp per instruction set.
 #pragma once
 
+#include <omp.h>
+
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 
@@ -11,11 +13,12 @@ namespace {
 template <class Work>
 void in_parallel(int threads, const Work& work) {
   if (threads == 1) {
-    work(Team{0, 1});
+    work(Team{0, 1, nullptr});
     return;
   }
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
-  work(Team{omp_get_thread_num(), omp_get_num_threads()});
+  work(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
 }
 
 template <class Scalar>

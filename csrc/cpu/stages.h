@@ -12,23 +12,11 @@
 #include "cpu/batch_norm.h"
 #include "cpu/conv3x3.h"
 #include "cpu/gemm.h"
+#include "cpu/team.h"
 #include "cpu/tiles.h"
 
 namespace gunn {
 namespace {
-
-struct Team {
-  int index, size;
-
-  void barrier() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
-  }
-  // This thread's share of `count` things, contiguous.
-  int64_t begin(int64_t count) const { return count * index / size; }
-  int64_t end(int64_t count) const { return count * (index + 1) / size; }
-};
 
 // Where the packed weights of one segment lie.
 struct PackedLayout {
