@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
+from environment import environment
 from torch import Tensor
 
 from gunn_ext import GunnLayer, ReferenceGunnLayer
@@ -41,31 +39,6 @@ def flops(channels: int, segments: int, pixels: int) -> float:
     width = channels // segments
     per_pixel = EXPANSION * channels**2 + 9 * EXPANSION**2 * width * channels + EXPANSION * width * channels
     return 2.0 * pixels * (per_pixel + channels**2)
-
-
-def environment() -> dict[str, str]:
-    """What a figure depends on beside the code."""
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        version = metadata.version("gunn-ext")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
-    return {
-        "device": f"{cpu[0] if cpu else 'unknown'} ({len(cpu)} logical cores)",
-        "torch": torch.__version__,
-        "gunn_ext": version,
-        "commit": git.stdout.strip() or "unknown",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def relative_error(ours: Tensor, oracle: Tensor) -> float:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from environment import environment
 from torch import nn
 
 from gunn_ext import GunnLayer, ReferenceGunnLayer
@@ -98,7 +99,7 @@ def measure(variant: str, batch: int) -> dict[str, float | int | str]:
         "parameter_bytes": parameters,
         "peak_bytes": resident("VmHWM") - before,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **environment(),
     }
 
 
