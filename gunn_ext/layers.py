@@ -14,6 +14,7 @@ class GunnLayer(StackedLayer):
 
     The paper's layer (Qiao et al. 2018, section 5.1) on fused kernels, with the reverse-order backward of its
     algorithm 1: for the backward it keeps its input, its output and the batch statistics, whatever P is.
+    Neither may be changed in place before the backward (a ReLU after the layer must not be ``inplace``).
     ``gradual=False`` is the simultaneous baseline (SUNN) and runs as grouped torch convolutions.
     """
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 try:
@@ -382,21 +383,29 @@ class ForwardSteps:
 
     ``begin``; then for every segment and unit in order ``reduce``, ``spatial``, ``project``; then ``finish``. After
     ``reduce`` the rows of the reduce and shortcut batch norms stand in ``statistics``, after ``spatial`` and
-    ``project`` theirs. Whoever changes them there changes what the next step normalises with.
+    ``project`` theirs. Whoever changes them there, in place, changes what the next step normalises with.
 
-    Attributes:
-        y: The output, complete after ``finish``.
-        statistics: ``(2, P, rows)``: mean and biased variance.
+    Args:
+        x: The input, float32 or float64 on the CPU, not empty; one value per channel is allowed.
+        layer: A gradual layer in training mode.
     """
 
     def __init__(self, x: Tensor, layer: StackedLayer) -> None:
-        """Allocate everything for the layer on ``x``: float32 or float64 on the CPU, not empty."""
-        self._call = _step_call(x, layer, 0)
-        self._x = x
-        self._parameters = [tensor.detach().contiguous() for tensor in parameter_list(layer)]
+        """Check and allocate everything; arguments as the class says."""
+        self._x, self._parameters, self._call = _step_call(x, layer, 0)
         self._workspace = _workspace(self._call.sizes(False)[1])
-        self.y = _empty_like(x)
-        self.statistics = x.new_empty((2, layer.segments, self._call.shape.rows))
+        self._y = _empty_like(self._x)
+        self._statistics = x.new_empty((2, layer.segments, self._call.shape.rows))
+
+    @property
+    def y(self) -> Tensor:
+        """The output, complete after ``finish``."""
+        return self._y
+
+    @property
+    def statistics(self) -> Tensor:
+        """``(2, P, rows)``: mean and biased variance."""
+        return self._statistics
 
     def step(self, name: str, segment: int = 0, unit: int = 0) -> None:
         """Run one step on the whole batch."""
@@ -406,10 +415,10 @@ class ForwardSteps:
             self._call.name,
             x=self._x.data_ptr(),
             x_strides=self._x.stride(),
-            y=self.y.data_ptr(),
-            y_strides=self.y.stride(),
+            y=self._y.data_ptr(),
+            y_strides=self._y.stride(),
             parameters=_addresses(self._parameters),
-            statistics=self.statistics.data_ptr(),
+            statistics=self._statistics.data_ptr(),
             saved=0,
             workspace=self._workspace.data_ptr(),
             step=name,
@@ -423,7 +432,7 @@ class BackwardSteps:
 
     ``begin``; for every segment and unit in reverse ``project``, ``spatial``, ``reduce``, ``input``; ``finish``. After
     ``project``, ``spatial`` and ``reduce`` the rows of their batch norms (after ``project`` also the shortcut's) stand
-    in ``sums``; whoever changes them there changes what the next step sees.
+    in ``sums``; whoever changes them there, in place, changes what the next step sees.
 
     Args:
         grad_y: Gradient of the output.
@@ -432,61 +441,84 @@ class BackwardSteps:
         statistics: What the forward normalised with.
         layer: The layer.
         count: Values per channel behind the statistics, of all ranks; 0 for those of this batch.
-
-    Attributes:
-        grad_x: Gradient of ``x``, complete after ``finish``.
-        grads: Gradients in the order of `parameter_list`, from this batch alone, complete after ``finish``.
-        sums: ``(2, P, rows)`` float64: sums of d and of d (z - mean), d the gradient of the batch norm's output.
     """
 
     def __init__(
         self, grad_y: Tensor, x: Tensor, y: Tensor, statistics: Tensor, layer: StackedLayer, count: int = 0
     ) -> None:
-        """Allocate everything; arguments as the class says."""
-        self._call = _step_call(x, layer, count)
-        self._tensors = {"grad_y": grad_y, "x": x, "y": y}
-        self._statistics = statistics.contiguous()
-        self._parameters = [tensor.detach().contiguous() for tensor in parameter_list(layer)]
+        """Check and allocate everything; arguments as the class says."""
+        shape = _statistics_shape(x, layer.segments, layer.expansion, layer.num_units, layer.shortcut)
+        others = {"grad_y": (grad_y, x.shape), "y": (y, x.shape), "statistics": (statistics, shape)}
+        self._x, self._parameters, self._call = _step_call(x, layer, count, **others)
+        self._grad_y, self._y = grad_y.detach().resolve_neg(), y.detach().resolve_neg()
+        self._statistics = statistics.detach().resolve_neg().contiguous()
         self._workspace = _workspace(self._call.sizes(False)[2])
-        self.grad_x = _empty_like(x)
-        self.grads = [torch.empty_like(p) for p in self._parameters]
-        self.sums = torch.zeros((2, layer.segments, self._call.shape.rows), dtype=torch.float64)
+        self._grad_x = _empty_like(self._x)
+        self._grads = [torch.empty_like(p) for p in self._parameters]
+        self._sums = torch.zeros((2, layer.segments, self._call.shape.rows), dtype=torch.float64)
+
+    @property
+    def grad_x(self) -> Tensor:
+        """Gradient of ``x``, complete after ``finish``."""
+        return self._grad_x
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """Gradients in the order of `parameter_list`, from this batch alone, complete after ``finish``."""
+        return list(self._grads)
+
+    @property
+    def sums(self) -> Tensor:
+        """``(2, P, rows)`` float64: sums of d and of d (z - mean), d the gradient of the batch norm's output."""
+        return self._sums
 
     def step(self, name: str, segment: int = 0, unit: int = 0) -> None:
         """Run one step on the whole batch."""
-        maps: dict[str, Any] = {}
-        for key, tensor in {**self._tensors, "grad_x": self.grad_x}.items():
-            maps[key], maps[f"{key}_strides"] = tensor.data_ptr(), tensor.stride()
         _core.backward(
             self._call.shape,
             self._call.options,
             self._call.name,
-            **maps,
+            grad_y=self._grad_y.data_ptr(),
+            grad_y_strides=self._grad_y.stride(),
+            x=self._x.data_ptr(),
+            x_strides=self._x.stride(),
+            y=self._y.data_ptr(),
+            y_strides=self._y.stride(),
+            grad_x=self._grad_x.data_ptr(),
+            grad_x_strides=self._grad_x.stride(),
             parameters=_addresses(self._parameters),
-            grads=_addresses(self.grads),
+            grads=_addresses(self._grads),
             statistics=self._statistics.data_ptr(),
             saved=0,
             workspace=self._workspace.data_ptr(),
-            sums=self.sums.data_ptr(),
+            sums=self._sums.data_ptr(),
             step=name,
             segment=segment,
             unit=unit,
         )
 
 
-def _step_call(x: Tensor, layer: StackedLayer, count: int) -> _Call:
-    serves = backend(x.device, x.dtype)
-    if serves == "reference" or x.device.type != "cpu" or x.numel() == 0:
+def _step_call(
+    x: Tensor, layer: StackedLayer, count: int, **others: tuple[Tensor, Sequence[int]]
+) -> tuple[Tensor, list[Tensor], _Call]:
+    """Check everything a pass in steps is given; returns input and parameters as the core takes them."""
+    if x.dtype not in KERNEL_DTYPES or x.device.type != "cpu" or x.numel() == 0:
         raise ValueError(
             f"steps of a layer run on the CPU kernels: expected a non-empty float32 or float64 CPU tensor, got "
             f"{tuple(x.shape)} {x.dtype} on {x.device}."
         )
-    layer.check_input(x)
-    layer.check_parameters(x)
+    if not layer.gradual or not layer.uses_batch_statistics():
+        raise ValueError(
+            "steps of a layer are those of a gradual layer in training mode, for there is nothing to exchange in "
+            f"others; got gradual={layer.gradual}, batch norms in {'training' if layer.training else 'evaluation'} "
+            "mode. Call train() and freeze_batch_norm(False), or run the layer as a whole."
+        )
+    parameters = [tensor.detach().resolve_neg().contiguous() for tensor in parameter_list(layer)]
+    _check_operands(x, parameters, layer.segments, layer.expansion, layer.num_units, layer.shortcut, **others)
     shape = _layer_shape(x.shape, layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual)
     threads = _threads(x, layer.expansion)
     options = _core.Options(shape, batch_statistics=True, eps=layer.eps, threads=threads, count=count, stepwise=True)
-    return _Call(shape, options, x.dtype)
+    return x.detach().resolve_neg(), parameters, _Call(shape, options, x.dtype)
 
 
 # --- Autograd ------------------------------------------------------------------------------------------------------
@@ -584,10 +616,12 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
         layer: Holds parameters, options and batch-norm modes; its running statistics are updated in training.
 
     Returns:
-        ``(B, N, H, W)``, dtype and memory format of ``x``.
+        ``(B, N, H, W)``, dtype and memory format of ``x``. The backward needs it: while gradients are wanted it must
+        not be changed in place.
 
     Raises:
         RuntimeError: No kernel serves the device.
+        NotImplementedError: Forward-mode differentiation.
     """
     _check_served(x.device)
     if x.dtype not in KERNEL_DTYPES:
@@ -602,6 +636,7 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     static = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual, layer.eps)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     keep = needs_grad and not layer.recompute
+    _refuse_forward_mode((x, *parameters))
     with torch.no_grad():
         y, batch_statistics, saved = layer_forward(x, parameters, given, *static, keep)
     if training:
@@ -612,6 +647,17 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
         return y
     statistics = batch_statistics if given is None else given
     return _GunnFunction.apply(x, y, statistics, saved if keep else None, static, training, *parameters)
+
+
+def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
+    # Its tangents would be lost without a word.
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "GunnLayer: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported; use reverse "
+            "mode, or gunn_ext.ReferenceGunnLayer, which takes the same state dict."
+        )
 
 
 @torch.compiler.disable

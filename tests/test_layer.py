@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import Case, Result, Sample, check, check_layer, run, run_sample, sample, threads
+from tolerance import Case, Result, Sample, assert_within_rule, check, check_layer, run, run_sample, sample, threads
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from gunn_ext import GunnLayer, ReferenceGunnLayer, ops
@@ -520,6 +521,45 @@ def test_double_backward_is_refused_by_name():
     (gradient,) = torch.autograd.grad(layer_of(values)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="(?i)double backward|twice"):
         gradient.sum().backward()
+
+
+def test_forward_mode_is_refused_by_name():
+    values = sample(TINY)
+    layer = layer_of(values)
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+        torch.func.jvp(layer, (values.x,), (values.grad,))
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="ReferenceGunnLayer"):
+        layer(forward_ad.make_dual(values.x, values.grad))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "grad"])
+def test_a_value_that_is_not_finite_spreads_as_in_torch(mode, value, where):
+    values = sample(replace(SMALL, mode=mode))
+    x, grad = values.x.double(), values.grad.double()
+    {"x": x, "grad": grad}[where][1, 2, 0, 1] = value
+    ours, expected = (run(layer, x, grad) for layer in both(values))
+    for got, wanted in [
+        (ours.y, expected.y),
+        *((ours.gradients[n], expected.gradients[n]) for n in expected.gradients),
+    ]:
+        assert torch.equal(got.isfinite(), wanted.isfinite())
+
+
+@pytest.mark.parametrize("outlier", [0.0, 20.0])
+def test_statistics_of_a_large_image_are_as_good_as_those_of_torch(outlier):
+    """The first pixel far off, and many pixels: sums around it, or in float alone, would lose digits."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 160, 160)
+    x[0, :, 0, 0] += outlier
+    layers = [kind(4, 1) for kind in (GunnLayer, ReferenceGunnLayer, ReferenceGunnLayer)]
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    layers[2].double()
+    with torch.no_grad():
+        ours, plain, oracle = layers[0](x), layers[1](x), layers[2](x.double())
+    assert_within_rule(ours, oracle, plain, factor=2, name="y")
 
 
 @pytest.mark.parametrize("recompute", [True, False])

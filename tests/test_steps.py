@@ -158,6 +158,15 @@ def test_a_step_of_a_segment_that_is_not_there_raises():
 
 
 def test_steps_say_what_they_take():
-    layer = GunnLayer(12, 3)
+    layer, x = GunnLayer(12, 3), torch.randn(2, 12, 4, 4)
+    statistics = torch.ones(2, 3, 20)
+    with pytest.raises(ValueError, match=r"grad_y must have shape \(2, 12, 4, 4\), got \(1, 12, 4, 4\)"):
+        ops.BackwardSteps(x[:1], x, x, statistics, layer)
+    with pytest.raises(ValueError, match=r"statistics must have shape \(2, 3, 20\), got \(1,\)"):
+        ops.BackwardSteps(x, x, x, torch.zeros(1), layer)
+    with pytest.raises(ValueError, match="a gradual layer in training mode"):
+        ops.ForwardSteps(x, GunnLayer(12, 3).freeze_batch_norm())
+    with pytest.raises(ValueError, match="gradual=False"):
+        ops.ForwardSteps(x, GunnLayer(12, 3, gradual=False))
     with pytest.raises(ValueError, match=r"expected a non-empty float32 or float64 CPU tensor.*torch.bfloat16"):
         ops.ForwardSteps(torch.zeros(1, 12, 4, 4, dtype=torch.bfloat16), layer)

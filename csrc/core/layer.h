@@ -58,7 +58,7 @@ struct ForwardTensors {
   FeatureMap<const Scalar> x;
   FeatureMap<Scalar> y;
   const UnitTensors<const Scalar*>* units;
-  Scalar* statistics;  // (2, P, rows): mean and biased variance; written with batch statistics, else read
+  Scalar* statistics;  // (2, P, rows): mean and biased variance; written with batch statistics, else only read
   Scalar* saved;       // pre-activations for the backward, (P, B, rows, pixels), or null: recompute them
   std::byte* workspace;
 };
@@ -70,7 +70,7 @@ struct BackwardTensors {
   const UnitTensors<const Scalar*>* units;
   const UnitTensors<Scalar*>* grads;
   const Scalar* statistics;  // as the forward left them
-  double* sums;              // (2, P, rows): sum of d and of d*(z - mean) at every BN output, for whoever shares them
+  double* sums;              // (2, P, rows): sum of d and of d*(z - mean) at every BN output; steps only, else null
   const Scalar* saved;       // from the forward, or null
   std::byte* workspace;
 };

@@ -107,12 +107,13 @@ class BackwardPass {
   struct Own {
     Scratch<Scalar> scratch;
     PaddedImage<Scalar> padded;  // dz2 for the transposed convolution
-    Slope<Scalar> slope;         // of the exchange just settled
-    Scalar* gradient;            // rows of one tile
-    Scalar* hidden_pixels;       // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
-    Scalar* gradient_pixels;     // dz with pixels outermost
-    Scalar* input_pixels;        // a few tiles of the input, [input group][pixel][T]
-    Scalar* weights[2];          // gradients of the weights, for even and odd segments
+    GradientSums<Scalar> sums;
+    Slope<Scalar> slope;      // of the exchange just settled
+    Scalar* gradient;         // rows of one tile
+    Scalar* hidden_pixels;    // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
+    Scalar* gradient_pixels;  // dz with pixels outermost
+    Scalar* input_pixels;     // a few tiles of the input, [input group][pixel][T]
+    Scalar* weights[2];       // gradients of the weights, for even and odd segments
 
     Own(const LayerShape& shape, const Geometry<Scalar>& geometry)
         : scratch(shape, geometry), padded(geometry, shape.hidden()) {}
@@ -126,7 +127,8 @@ class BackwardPass {
     const int64_t k = shape_.hidden(), s = shape_.segment();
     own.scratch.take(shape_, arena);
     own.padded.data = arena.take<Scalar>(own.padded.size());
-    own.slope.take(arena, k + 2 * s);
+    own.sums.take(arena, k + 2 * s);
+    own.slope.take(arena, k + 2 * s, options_.batch_statistics);
     own.gradient = arena.take<Scalar>((k + s) * T);
     own.hidden_pixels = arena.take<Scalar>(hidden_pixels_size());
     own.gradient_pixels = arena.take<Scalar>(larger(geometry.pixels * k, chunk_tiles_ * T * (k + s)));
@@ -141,7 +143,7 @@ class BackwardPass {
   }
   int64_t hidden_pixels_size() const {
     // One vector beyond the end: the last window is rounded up to whole vectors.
-    return (stages_.geometry.rows + 2) * hidden_line() + 2 * T;
+    return (stages_.geometry.rows + 2) * hidden_line() + L;
   }
   // Also holds one tile of relu(bn(z2)), which is wider than the input where K is large and P small.
   int64_t input_pixels_size() const {
@@ -167,7 +169,7 @@ class BackwardPass {
     update_ = arena.take<Scalar>(slots * pixels * s);
     hidden_ = arena.take<Scalar>(slots * pixels * k);
     shortcut_ = arena.take<Scalar>(shape_.shortcut ? slots * pixels * s : 0);
-    packed_step_ = round_up(stages_.packed_layout.segment(shape_.units), 16);
+    packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
     packed_ = arena.take<Scalar>(2 * packed_step_);
     transposed_ = arena.take<Scalar>(2 * packed_step_);
     for (auto& slot : partials_) slot = arena.take<double>(threads * 2 * (k + 2 * s));
@@ -224,6 +226,7 @@ class BackwardPass {
       const Own mine = own(thread);
       for (int64_t j = 0; j < mine.padded.size(); ++j) mine.scratch.padded.data[j] = mine.padded.data[j] = 0;
       for (int64_t j = 0; j < hidden_pixels_size(); ++j) mine.hidden_pixels[j] = 0;
+      // Lanes beyond the channels are multiplied though nobody reads them: zeros are faster than denormals or NaN.
       for (int64_t j = 0; j < input_pixels_size(); ++j) mine.input_pixels[j] = 0;
     }
     for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
@@ -252,14 +255,17 @@ class BackwardPass {
     for (int64_t m = 0; m < shape_.units; ++m) {
       if (!kept_) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          stages_.reduce_tile_stage(i, m, image, tile, stages_.packed(packed(i), m, 0), nullptr, false);
+          stages_.reduce_tile_stage(i, m, image, tile, stages_.packed(packed(i), m, 0), nullptr);
         }
-        stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), affine, mine.scratch, nullptr, false);
-        stages_.project(i, m, image, stages_.packed(packed(i), m, 2), affine, mine.scratch, nullptr, false);
+        stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), affine, mine.scratch, nullptr);
+        stages_.project(i, m, image, stages_.packed(packed(i), m, 2), affine, mine.scratch, nullptr);
       }
       if (m < shape_.units - 1) stages_.emit(i, m, image, affine);
     }
   }
+
+  // Threads whose weight gradients count: in steps all that any call's team may have had.
+  int writers(const Team& team) const { return options_.stepwise ? options_.threads : team.size; }
 
   // The rows of an exchange: `project` is followed by the shortcut's.
   struct Exchange {
@@ -276,11 +282,12 @@ class BackwardPass {
   double* partial(int slot, int thread) const {
     return partials_[slot] + thread * 2 * (shape_.hidden() + 2 * shape_.segment());
   }
-  void post(const Team& team, int slot, const Sums<Scalar>& sums, int64_t rows) const {
+  void post(const Team& team, int slot, const GradientSums<Scalar>& sums, int64_t rows) const {
+    sums.merge(rows);
     double* to = partial(slot, team.index);
     for (int64_t r = 0; r < rows; ++r) {
-      to[2 * r] = sums.first[r];
-      to[2 * r + 1] = sums.second[r];
+      to[2 * r] = sums.sum[r];
+      to[2 * r + 1] = sums.product[r];
     }
   }
   void combine(const Team& team, int slot, int64_t r, double* sum, double* product) const {
@@ -297,6 +304,7 @@ class BackwardPass {
 
   // Every thread takes over the sums of an exchange: from the posts, or in steps from where they were left.
   void settle(const Team& team, const Own& mine, int slot, int64_t i, int64_t m) const {
+    if (options_.stepwise) set_affine(mine, i);  // another team's threads may have made it last
     const Exchange rows = exchange(slot, m);
     for (int64_t r = 0; r < rows.total(); ++r) {
       const int64_t row = rows.statistics_row(r);
@@ -307,8 +315,7 @@ class BackwardPass {
         combine(team, slot, r, &sum, &product);
         if (team.index == 0) write_batch_norm_gradient(mine, i, m, row, sum, product);
       }
-      mine.slope.set(r, mine.scratch.affine, row, sum, product, static_cast<double>(options_.count),
-                     options_.batch_statistics);
+      mine.slope.set(r, mine.scratch.affine, row, sum, product, static_cast<double>(options_.count));
     }
   }
   // In steps: gradients from this process's own sums, and the sums where the caller may share them.
@@ -316,6 +323,7 @@ class BackwardPass {
     team.barrier();
     if (team.index != 0) return;
     const Own mine = own(team.index);
+    set_affine(mine, i);
     const Exchange rows = exchange(slot, m);
     for (int64_t r = 0; r < rows.total(); ++r) {
       const int64_t row = rows.statistics_row(r);
@@ -348,11 +356,13 @@ class BackwardPass {
     const bool enters = m == shape_.units - 1;
     if (enters || options_.stepwise) set_affine(mine, i);
     if (enters && options_.need_parameters) {
-      Scalar* weights = mine.weights[i % 2];
-      for (int64_t j = 0; j < gradients_.at(shape_.units); ++j) weights[j] = 0;
+      for (int thread = team.index; thread < writers(team); thread += team.size) {
+        Scalar* weights = own(thread).weights[i % 2];
+        for (int64_t j = 0; j < gradients_.at(shape_.units); ++j) weights[j] = 0;
+      }
     }
     const Exchange rows = exchange(0, m);
-    const auto& sums = mine.scratch.sums;
+    const auto& sums = mine.sums;
     const Scalar *mean = mine.scratch.affine.mean + rows.row[0],
                  *shortcut_mean = mine.scratch.affine.mean + rows.row[1];
     sums.clear(rows.total());
@@ -361,12 +371,12 @@ class BackwardPass {
       for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
         Scalar* d = update_tile(image, tile);
         if (enters) take_gradient(i, image, tile, d);
-        add_gradient_sums<Scalar>(sums, 0, d, stages_.project_tile(i, m, image, tile), mean, s);
+        sums.add(0, d, stages_.project_tile(i, m, image, tile), mean, s);
         if (shape_.projects(m)) {
-          add_gradient_sums<Scalar>(sums, s, d, stages_.shortcut_tile(i, image, tile), shortcut_mean, s);
+          sums.add(s, d, stages_.shortcut_tile(i, image, tile), shortcut_mean, s);
         }
+        sums.finish_tile(rows.total());
       }
-      sums.finish_image(rows.total());
     }
     post(team, 0, sums, rows.total());
   }
@@ -386,7 +396,7 @@ class BackwardPass {
     const int64_t k = shape_.hidden(), s = shape_.segment();
     const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.spatial_row(m));
     const Scalar* w = stages_.packed(transposed(i), m, 2);
-    const auto& sums = mine.scratch.sums;
+    const auto& sums = mine.sums;
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.project[m > 0];
     sums.clear(k);
     for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
@@ -401,7 +411,8 @@ class BackwardPass {
         }
         gemm_rows<Scalar, Into::store>(w, k, mine.gradient, s, d2);
         activate_backward<Scalar>(d2, z2, norm, k, mask(tile));
-        add_gradient_sums<Scalar>(sums, 0, d2, z2, norm.mean, k);
+        sums.add(0, d2, z2, norm.mean, k);
+        sums.finish_tile(k);
         if (!options_.need_parameters) continue;
         activate<Scalar>(z2, norm, k, mask(tile), mine.scratch.hidden);
         transpose_tile<Scalar>(mine.scratch.hidden, k,
@@ -410,7 +421,6 @@ class BackwardPass {
         outer_rows<Scalar>({1, T, 0, s, 0, gradients_.project_lanes}, mine.gradient_pixels, s, mine.input_pixels,
                            gradients_.project_lanes, weights, gradients_.project_lanes);
       }
-      sums.finish_image(k);
     }
     post(team, 1, sums, k);
   }
@@ -422,7 +432,7 @@ class BackwardPass {
     const int64_t k = shape_.hidden(), row = geometry.row;
     const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.reduce_row(m));
     const Scalar* w = stages_.packed(transposed(i), m, 1);
-    const auto& sums = mine.scratch.sums;
+    const auto& sums = mine.sums;
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.spatial[m > 0];
     sums.clear(k);
     for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
@@ -453,9 +463,9 @@ class BackwardPass {
         const Scalar* z1 = stages_.reduce_tile(i, m, image, tile);
         conv3x3_rows<Scalar>(geometry, mine.padded, w, k, tile, d1);
         activate_backward<Scalar>(d1, z1, norm, k, mask(tile));
-        add_gradient_sums<Scalar>(sums, 0, d1, z1, norm.mean, k);
+        sums.add(0, d1, z1, norm.mean, k);
+        sums.finish_tile(k);
       }
-      sums.finish_image(k);
     }
     post(team, 2, sums, k);
   }
@@ -507,7 +517,7 @@ class BackwardPass {
     const Scalar* first = own(0).weights[i % 2];
     const auto sum = [&](int64_t at) {
       Scalar total = 0;
-      for (int thread = 0; thread < team.size; ++thread) total += first[thread * step + at];
+      for (int thread = 0; thread < writers(team); ++thread) total += first[thread * step + at];
       return total;
     };
     for (int64_t m = 0; m < shape_.units; ++m) {

@@ -1,8 +1,9 @@
 // Batch norm as a scale and a shift, its statistics, and the three numbers of its backward.
 //
-// Statistics: per image and channel, float sums of (z - pivot) and its square in vector lanes; the pivot is the
-// channel's first pixel, so channels far from zero lose nothing. Images are added up in double; threads are combined
-// in order, so the bits depend on the thread count and on nothing else.
+// Sums over pixels run in vector lanes for kTilesARun tiles and are then merged in double. The statistics' lanes hold
+// z - pivot, where the pivot is the mean of all pixels merged so far (a first pixel to begin with, for one tile):
+// channels far from zero lose nothing, and neither does an outlier. Threads are combined in order, so the bits depend
+// on the thread count and on nothing else.
 #pragma once
 
 #include <cmath>
@@ -13,62 +14,111 @@
 namespace gunn {
 namespace {
 
-// Two running sums for each of `rows` channels: vector lanes for one image, doubles over images.
+constexpr int64_t kTilesARun = 16;
+
+// Mean and sum of squared deviations of `rows` channels, over the tiles given to it.
 template <class Scalar>
-struct Sums {
-  Vector<Scalar>*first_lanes, *second_lanes;
-  double *first, *second;
+struct Moments {
+  struct Counts {
+    double merged, pending;  // pixels
+    int64_t tiles;           // pending
+  };
+  Vector<Scalar>*sum_lanes, *square_lanes;
+  double *mean, *squares;
   Scalar* pivot;
+  Counts* counts;
 
   void take(Arena& arena, int64_t rows) {
-    first_lanes = arena.take<Vector<Scalar>>(rows);
-    second_lanes = arena.take<Vector<Scalar>>(rows);
-    first = arena.take<double>(rows);
-    second = arena.take<double>(rows);
+    sum_lanes = arena.take<Vector<Scalar>>(rows);
+    square_lanes = arena.take<Vector<Scalar>>(rows);
+    mean = arena.take<double>(rows);
+    squares = arena.take<double>(rows);
     pivot = arena.take<Scalar>(rows);
+    counts = arena.take<Counts>(1);
   }
   void clear(int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r) {
-      first_lanes[r] = second_lanes[r] = Vector<Scalar>{};
-      first[r] = second[r] = 0;
+      sum_lanes[r] = square_lanes[r] = Vector<Scalar>{};
+      mean[r] = squares[r] = 0;
     }
+    *counts = {0, 0, 0};
   }
-  void finish_image(int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      first[r] += sum_of_lanes<Scalar>(first_lanes[r]);
-      second[r] += sum_of_lanes<Scalar>(second_lanes[r]);
-      first_lanes[r] = second_lanes[r] = Vector<Scalar>{};
+  // Adds one tile. The very first must begin with a pixel of the image, as every image's first tile does.
+  GUNN_NOINLINE void add(const Scalar* z, int64_t rows, const typename Simd<Scalar>::Int* mask) const {
+    constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+    const bool first = counts->merged == 0;
+    if (first) {
+      for (int64_t r = 0; r < rows; ++r) pivot[r] = z[r * T];
     }
+    const Mask<Scalar> mask0 = load_mask<Scalar>(mask), mask1 = load_mask<Scalar>(mask + L);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vector<Scalar> a = keep<Scalar>(load<Scalar>(z + r * T) - pivot[r], mask0);
+      const Vector<Scalar> b = keep<Scalar>(load<Scalar>(z + r * T + L) - pivot[r], mask1);
+      sum_lanes[r] += a + b;
+      square_lanes[r] += a * a + b * b;
+    }
+    for (int64_t j = 0; j < T; ++j) counts->pending -= static_cast<double>(mask[j]);
+    if (++counts->tiles == kTilesARun || first) merge(rows);
+  }
+  // Takes the lanes into mean and squares (Chan et al.).
+  void merge(int64_t rows) const {
+    const double n = counts->pending, total = counts->merged + n;
+    if (n == 0) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double sum = sum_of_lanes<Scalar>(sum_lanes[r]), square = sum_of_lanes<Scalar>(square_lanes[r]);
+      const double apart = static_cast<double>(pivot[r]) + sum / n - mean[r];
+      mean[r] += apart * n / total;
+      squares[r] += square - sum * sum / n + apart * apart * counts->merged * n / total;
+      sum_lanes[r] = square_lanes[r] = Vector<Scalar>{};
+      pivot[r] = static_cast<Scalar>(mean[r]);
+    }
+    *counts = {total, 0, 0};
   }
 };
 
-// Adds one tile's z - pivot and (z - pivot)^2.
+// The backward's sums of d and of d * (z - mean) for `rows` channels.
 template <class Scalar>
-GUNN_NOINLINE void add_moments(const Sums<Scalar>& sums, const Scalar* z, int64_t rows,
-                               const typename Simd<Scalar>::Int* mask) {
-  constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
-  const Mask<Scalar> mask0 = load_mask<Scalar>(mask), mask1 = load_mask<Scalar>(mask + L);
-  for (int64_t r = 0; r < rows; ++r) {
-    const Scalar pivot = sums.pivot[r];
-    const Vector<Scalar> a = keep<Scalar>(load<Scalar>(z + r * T) - pivot, mask0);
-    const Vector<Scalar> b = keep<Scalar>(load<Scalar>(z + r * T + L) - pivot, mask1);
-    sums.first_lanes[r] += a + b;
-    sums.second_lanes[r] += a * a + b * b;
-  }
-}
+struct GradientSums {
+  Vector<Scalar>*sum_lanes, *product_lanes;
+  double *sum, *product;
+  int64_t* tiles;  // pending
 
-// Adds one tile's d and d * (z - mean); d is zero at padding pixels.
-template <class Scalar>
-GUNN_NOINLINE void add_gradient_sums(const Sums<Scalar>& sums, int64_t first_row, const Scalar* d, const Scalar* z,
-                                     const Scalar* mean, int64_t rows) {
-  constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Vector<Scalar> d0 = load<Scalar>(d + r * T), d1 = load<Scalar>(d + r * T + L);
-    sums.first_lanes[first_row + r] += d0 + d1;
-    sums.second_lanes[first_row + r] +=
-        d0 * (load<Scalar>(z + r * T) - mean[r]) + d1 * (load<Scalar>(z + r * T + L) - mean[r]);
+  void take(Arena& arena, int64_t rows) {
+    sum_lanes = arena.take<Vector<Scalar>>(rows);
+    product_lanes = arena.take<Vector<Scalar>>(rows);
+    sum = arena.take<double>(rows);
+    product = arena.take<double>(rows);
+    tiles = arena.take<int64_t>(1);
   }
-}
+  void clear(int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      sum_lanes[r] = product_lanes[r] = Vector<Scalar>{};
+      sum[r] = product[r] = 0;
+    }
+    *tiles = 0;
+  }
+  // Adds one tile to rows [first_row, first_row + rows); d is zero at padding pixels.
+  GUNN_NOINLINE void add(int64_t first_row, const Scalar* d, const Scalar* z, const Scalar* mean, int64_t rows) const {
+    constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vector<Scalar> d0 = load<Scalar>(d + r * T), d1 = load<Scalar>(d + r * T + L);
+      sum_lanes[first_row + r] += d0 + d1;
+      product_lanes[first_row + r] +=
+          d0 * (load<Scalar>(z + r * T) - mean[r]) + d1 * (load<Scalar>(z + r * T + L) - mean[r]);
+    }
+  }
+  void finish_tile(int64_t rows) const {
+    if (++*tiles == kTilesARun) merge(rows);
+  }
+  void merge(int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      sum[r] += sum_of_lanes<Scalar>(sum_lanes[r]);
+      product[r] += sum_of_lanes<Scalar>(product_lanes[r]);
+      sum_lanes[r] = product_lanes[r] = Vector<Scalar>{};
+    }
+    *tiles = 0;
+  }
+};
 
 // The batch norms of one segment, row by row as in LayerShape::rows.
 template <class Scalar>
@@ -92,23 +142,25 @@ struct Affine {
   }
 };
 
-// dz = d * a + (z - mean) * b + c.
+// dz = d * a + (z - mean) * b + c; with given statistics dz = d * a, whatever z is.
 template <class Scalar>
 struct Slope {
   Scalar *a, *b, *c;
+  bool batch_statistics;
 
-  void take(Arena& arena, int64_t rows) {
+  void take(Arena& arena, int64_t rows, bool batch_statistics_) {
     a = arena.take<Scalar>(rows);
     b = arena.take<Scalar>(rows);
     c = arena.take<Scalar>(rows);
+    batch_statistics = batch_statistics_;
   }
-  // `sum` of d and `product` of d * (z - mean) over `count` values; with given statistics these do not depend on z.
-  void set(int64_t row, const Affine<Scalar>& affine, int64_t affine_row, double sum, double product, double count,
-           bool batch_statistics) const {
+  // `sum` of d and `product` of d * (z - mean) over `count` values.
+  void set(int64_t row, const Affine<Scalar>& affine, int64_t affine_row, double sum, double product,
+           double count) const {
     const double scale = affine.scale[affine_row], inverse = affine.inverse[affine_row];
     a[row] = affine.scale[affine_row];
-    b[row] = batch_statistics ? static_cast<Scalar>(-scale * inverse * inverse * product / count) : Scalar(0);
-    c[row] = batch_statistics ? static_cast<Scalar>(-scale * sum / count) : Scalar(0);
+    b[row] = static_cast<Scalar>(-scale * inverse * inverse * product / count);
+    c[row] = static_cast<Scalar>(-scale * sum / count);
   }
 };
 
@@ -122,8 +174,8 @@ GUNN_NOINLINE void batch_norm_backward(const Scalar* d, const Scalar* z, const S
     const Mask<Scalar> inside = load_mask<Scalar>(mask + v * L);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * T + v * L, row = first_row + r;
-      const Vector<Scalar> dz =
-          load<Scalar>(d + at) * slope.a[row] + (load<Scalar>(z + at) - mean[r]) * slope.b[row] + slope.c[row];
+      Vector<Scalar> dz = load<Scalar>(d + at) * slope.a[row];
+      if (slope.batch_statistics) dz += (load<Scalar>(z + at) - mean[r]) * slope.b[row] + slope.c[row];
       store<Scalar>(out + at, keep<Scalar>(dz, inside));
     }
   }

@@ -67,6 +67,16 @@ class ForwardPass {
   }
 
  private:
+  struct Own : Scratch<Scalar> {
+    Moments<Scalar> moments;
+
+    using Scratch<Scalar>::Scratch;
+    void take(const LayerShape& shape, Arena& arena) {
+      Scratch<Scalar>::take(shape, arena);
+      moments.take(arena, shape.hidden() + shape.segment());
+    }
+  };
+
   ForwardPass(const LayerShape& shape, const Options& options)
       : shape_(shape), options_(options), stages_(shape, nullptr) {}
 
@@ -86,7 +96,7 @@ class ForwardPass {
       z.data = arena.take<Scalar>(slots * z.slot_step);
     }
     kept_ = saved != nullptr;
-    packed_step_ = round_up(stages_.packed_layout.segment(shape_.units), 16);
+    packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
     packed_count_ = by_image() ? shape_.segments : 2;
     packed_ = arena.take<Scalar>(packed_count_ * packed_step_);
     table_.take(arena, by_image() ? shape_.segments * shape_.rows() : 0);
@@ -95,17 +105,17 @@ class ForwardPass {
     }
     // Threads' own pieces come last, at a fixed step.
     Arena one(nullptr);
-    Scratch<Scalar> scratch(shape_, stages_.geometry);
-    scratch.take(shape_, one);
-    scratch_step_ = one.bytes();
-    scratch_ = arena.take<std::byte>(threads * scratch_step_);
+    Own own(shape_, stages_.geometry);
+    own.take(shape_, one);
+    own_step_ = one.bytes();
+    own_ = arena.take<std::byte>(threads * own_step_);
   }
 
-  Scratch<Scalar> scratch(int thread) const {
-    Scratch<Scalar> scratch(shape_, stages_.geometry);
-    Arena arena(scratch_ + thread * scratch_step_);
-    scratch.take(shape_, arena);
-    return scratch;
+  Own own(int thread) const {
+    Own own(shape_, stages_.geometry);
+    Arena arena(own_ + thread * own_step_);
+    own.take(shape_, arena);
+    return own;
   }
 
   Scalar* packed(int64_t i) const { return packed_ + i % packed_count_ * packed_step_; }
@@ -116,7 +126,7 @@ class ForwardPass {
   void begin(const Team& team) const {
     if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);
     for (int thread = team.index; thread < options_.threads; thread += team.size) {
-      const auto padded = scratch(thread).padded;
+      const auto padded = own(thread).padded;
       for (int64_t j = 0; j < padded.size(); ++j) padded.data[j] = 0;
     }
     if (by_image()) {
@@ -146,16 +156,16 @@ class ForwardPass {
 
   void evaluate(const Team& team, int64_t image) const {
     const int64_t slot = kept_ ? image : team.index;
-    const Scratch<Scalar> own = scratch(team.index);
+    const Own mine = own(team.index);
     load_image(image, slot);
     for (int64_t i = 0; i < shape_.segments; ++i) {
       const Affine<Scalar> affine = table_.at(i * shape_.rows());
       for (int64_t m = 0; m < shape_.units; ++m) {
         for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-          stages_.reduce_tile_stage(i, m, slot, tile, stages_.packed(packed(i), m, 0), nullptr, false);
+          stages_.reduce_tile_stage(i, m, slot, tile, stages_.packed(packed(i), m, 0), nullptr);
         }
-        stages_.spatial(i, m, slot, stages_.packed(packed(i), m, 1), affine, own, nullptr, false);
-        stages_.project(i, m, slot, stages_.packed(packed(i), m, 2), affine, own, nullptr, false);
+        stages_.spatial(i, m, slot, stages_.packed(packed(i), m, 1), affine, mine, nullptr);
+        stages_.project(i, m, slot, stages_.packed(packed(i), m, 2), affine, mine, nullptr);
         stages_.emit(i, m, slot, affine);
       }
     }
@@ -166,41 +176,32 @@ class ForwardPass {
   double* partial(int slot, int thread) const {
     return partials_[slot] + thread * 2 * (shape_.hidden() + shape_.segment());
   }
-  void post(const Team& team, int slot, const Sums<Scalar>& sums, int64_t rows) const {
-    const double count = static_cast<double>((team.end(shape_.batch) - team.begin(shape_.batch))) *
-                         static_cast<double>(shape_.height * shape_.width);
+  void post(const Team& team, int slot, const Moments<Scalar>& moments, int64_t rows) const {
+    moments.merge(rows);
     double* to = partial(slot, team.index);
-    for (int64_t r = 0; r < rows; ++r) {
-      const double mean = count > 0 ? sums.first[r] / count : 0;
-      to[2 * r] = static_cast<double>(sums.pivot[r]) + mean;
-      to[2 * r + 1] = sums.second[r] - mean * sums.first[r];
-    }
+    for (int64_t r = 0; r < rows; ++r) to[2 * r] = moments.mean[r], to[2 * r + 1] = moments.squares[r];
   }
   void combine(const Team& team, int slot, int64_t r, Scalar* mean, Scalar* var) const {
-    const double plane = static_cast<double>(shape_.height * shape_.width);
-    const double total = static_cast<double>(shape_.batch) * plane;
-    double sum = 0, squares = 0;
-    for (Team each{0, team.size, nullptr}; each.index < team.size; ++each.index) {
-      const double count = static_cast<double>(each.end(shape_.batch) - each.begin(shape_.batch)) * plane;
-      if (count > 0) sum += count * partial(slot, each.index)[2 * r];
-    }
-    const double centre = sum / total;
-    for (Team each{0, team.size, nullptr}; each.index < team.size; ++each.index) {
-      const double count = static_cast<double>(each.end(shape_.batch) - each.begin(shape_.batch)) * plane;
-      if (count > 0) {
-        const double* of = partial(slot, each.index) + 2 * r;
-        squares += of[1] + count * (of[0] - centre) * (of[0] - centre);
-      }
+    const auto pixels = [&](int thread) {
+      const int64_t images = share(shape_.batch, thread + 1, team.size) - share(shape_.batch, thread, team.size);
+      return static_cast<double>(images * shape_.height * shape_.width);
+    };
+    const double total = static_cast<double>(shape_.batch * shape_.height * shape_.width);
+    double centre = 0, squares = 0;
+    for (int thread = 0; thread < team.size; ++thread) centre += pixels(thread) / total * partial(slot, thread)[2 * r];
+    for (int thread = 0; thread < team.size; ++thread) {
+      const double* of = partial(slot, thread) + 2 * r;
+      squares += of[1] + pixels(thread) * (of[0] - centre) * (of[0] - centre);
     }
     *mean = static_cast<Scalar>(centre);
-    *var = static_cast<Scalar>(squares > 0 || squares != squares ? squares / total : 0);
+    *var = static_cast<Scalar>(squares < 0 ? 0 : squares / total);  // rounding may go below 0; NaN passes
   }
   void write_statistics(int64_t i, int64_t row, Scalar mean, Scalar var) const {
     tensors_.statistics[i * shape_.rows() + row] = mean;
     tensors_.statistics[(shape_.segments + i) * shape_.rows() + row] = var;
   }
   // Every thread takes over the statistics of rows [row, row + rows): from the posts, or in steps from the tensor.
-  void settle(const Team& team, const Scratch<Scalar>& own, int slot, int64_t i, int64_t row, int64_t rows) const {
+  void settle(const Team& team, const Own& mine, int slot, int64_t i, int64_t row, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r) {
       Scalar mean_, var_;
       if (options_.stepwise) {
@@ -209,7 +210,7 @@ class ForwardPass {
         combine(team, slot, r, &mean_, &var_);
         if (team.index == 0) write_statistics(i, row + r, mean_, var_);
       }
-      stages_.set_affine(own.affine, i, row + r, mean_, var_, options_.eps);
+      stages_.set_affine(mine.affine, i, row + r, mean_, var_, options_.eps);
     }
   }
   // In steps: leaves the statistics in the tensor, for the caller to change before the next step.
@@ -224,62 +225,59 @@ class ForwardPass {
   }
 
   // What the unit before (i, m) still has to write: settles its statistics, says which unit it was.
-  bool previous(const Team& team, const Scratch<Scalar>& own, int64_t i, int64_t m, int64_t* pi, int64_t* pm) const {
+  bool previous(const Team& team, const Own& mine, int64_t i, int64_t m, int64_t* pi, int64_t* pm) const {
     if (i == 0 && m == 0) return false;
     *pi = m > 0 ? i : i - 1;
     *pm = m > 0 ? m - 1 : shape_.units - 1;
-    settle(team, own, 2, *pi, stages_.project_row(*pm), shape_.segment());
-    if (options_.stepwise && shape_.projects(*pm)) settle(team, own, 0, *pi, stages_.shortcut_row(), shape_.segment());
+    settle(team, mine, 2, *pi, stages_.project_row(*pm), shape_.segment());
+    if (options_.stepwise && shape_.projects(*pm)) settle(team, mine, 0, *pi, stages_.shortcut_row(), shape_.segment());
     return true;
   }
 
   void reduce(const Team& team, int64_t i, int64_t m) const {
-    const Scratch<Scalar> own = scratch(team.index);
+    const Own mine = own(team.index);
     int64_t pi = 0, pm = 0;
-    const bool pending = previous(team, own, i, m, &pi, &pm);
+    const bool pending = previous(team, mine, i, m, &pi, &pm);
     const Scalar* w = stages_.packed(packed(i), m, 0);
-    const int64_t rows = stages_.reduce_rows(m), first = team.begin(shape_.batch);
-    own.sums.clear(rows);
-    for (int64_t image = first; image < team.end(shape_.batch); ++image) {
+    const int64_t rows = stages_.reduce_rows(m);
+    mine.moments.clear(rows);
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
       for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-        if (pending) stages_.emit_tile(pi, pm, image, tile, own.affine);
-        stages_.reduce_tile_stage(i, m, image, tile, w, &own.sums, image == first);
+        if (pending) stages_.emit_tile(pi, pm, image, tile, mine.affine);
+        stages_.reduce_tile_stage(i, m, image, tile, w, &mine.moments);
       }
-      own.sums.finish_image(rows);
     }
-    post(team, 0, own.sums, rows);
+    post(team, 0, mine.moments, rows);
   }
 
   void spatial(const Team& team, int64_t i, int64_t m) const {
-    const Scratch<Scalar> own = scratch(team.index);
-    settle(team, own, 0, i, stages_.reduce_row(m), stages_.reduce_rows(m));
-    const int64_t rows = shape_.hidden(), first = team.begin(shape_.batch);
-    own.sums.clear(rows);
-    for (int64_t image = first; image < team.end(shape_.batch); ++image) {
-      stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), own.affine, own, &own.sums, image == first);
-      own.sums.finish_image(rows);
+    const Own mine = own(team.index);
+    settle(team, mine, 0, i, stages_.reduce_row(m), stages_.reduce_rows(m));
+    const int64_t rows = shape_.hidden();
+    mine.moments.clear(rows);
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), mine.affine, mine, &mine.moments);
     }
-    post(team, 1, own.sums, rows);
+    post(team, 1, mine.moments, rows);
   }
 
   void project(const Team& team, int64_t i, int64_t m) const {
-    const Scratch<Scalar> own = scratch(team.index);
-    settle(team, own, 1, i, stages_.spatial_row(m), shape_.hidden());
-    const int64_t rows = shape_.segment(), first = team.begin(shape_.batch);
-    own.sums.clear(rows);
-    for (int64_t image = first; image < team.end(shape_.batch); ++image) {
-      stages_.project(i, m, image, stages_.packed(packed(i), m, 2), own.affine, own, &own.sums, image == first);
-      own.sums.finish_image(rows);
+    const Own mine = own(team.index);
+    settle(team, mine, 1, i, stages_.spatial_row(m), shape_.hidden());
+    const int64_t rows = shape_.segment();
+    mine.moments.clear(rows);
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      stages_.project(i, m, image, stages_.packed(packed(i), m, 2), mine.affine, mine, &mine.moments);
     }
-    post(team, 2, own.sums, rows);
+    post(team, 2, mine.moments, rows);
   }
 
   void finish(const Team& team) const {
-    const Scratch<Scalar> own = scratch(team.index);
+    const Own mine = own(team.index);
     int64_t pi = 0, pm = 0;
-    previous(team, own, shape_.segments, 0, &pi, &pm);
+    previous(team, mine, shape_.segments, 0, &pi, &pm);
     for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      stages_.emit(pi, pm, image, own.affine);
+      stages_.emit(pi, pm, image, mine.affine);
       store_image(image, image);
     }
   }
@@ -293,8 +291,8 @@ class ForwardPass {
   int64_t packed_step_ = 0, packed_count_ = 0;
   Affine<Scalar> table_{};  // given statistics: all segments
   double* partials_[3] = {};
-  std::byte* scratch_ = nullptr;
-  int64_t scratch_step_ = 0;
+  std::byte* own_ = nullptr;
+  int64_t own_step_ = 0;
 };
 
 }  // namespace

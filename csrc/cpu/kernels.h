@@ -1,4 +1,4 @@
-// The table of one instruction set's kernels. Included by exactly one level_*.cpp per instruction set.
+// The table of one instruction set's kernels. Only level.cpp includes this.
 #pragma once
 
 #include <omp.h>

@@ -1,8 +1,8 @@
 // Vectors as GCC vector extensions, one source for every instruction set.
 //
-// Each level_*.cpp compiles these headers with its own flags and its own GUNN_VECTOR_BYTES. Everything in cpu/ lives in
-// an anonymous namespace and calls no standard function with external linkage: otherwise the linker could keep the
-// AVX-512 copy of such a function for machines without it.
+// level.cpp compiles these headers once per instruction set, with its flags and its GUNN_VECTOR_BYTES. Everything in
+// cpu/ lives in an anonymous namespace and calls no standard function with external linkage: otherwise the linker could
+// keep the AVX-512 copy of such a function for machines without it.
 #pragma once
 
 #include <cstddef>
@@ -102,7 +102,7 @@ GUNN_INLINE Vector<Scalar> join(typename Simd<Scalar>::Half low, typename Simd<S
 #endif
 }
 template <class Scalar, size_t... I>
-GUNN_INLINE typename Simd<Scalar>::Half part(Vector<Scalar> v, size_t, std::index_sequence<I...>) {
+GUNN_INLINE typename Simd<Scalar>::Half part(Vector<Scalar> v, std::index_sequence<I...>) {
 #ifdef GUNN_HAS_SHUFFLE
   return __builtin_shufflevector(v, v, I...);
 #else
@@ -123,8 +123,8 @@ template <class Scalar>
 GUNN_INLINE void store_halves(Scalar* p, int64_t step, Vector<Scalar> v) {
   using Half = typename Simd<Scalar>::Half;
   using Low = std::make_index_sequence<Simd<Scalar>::half>;
-  *reinterpret_cast<Half*>(p) = part<Scalar>(v, 0, Low());
-  *reinterpret_cast<Half*>(p + step) = part<Scalar>(v, 0, decltype(offset_by<Simd<Scalar>::half>(Low()))());
+  *reinterpret_cast<Half*>(p) = part<Scalar>(v, Low());
+  *reinterpret_cast<Half*>(p + step) = part<Scalar>(v, decltype(offset_by<Simd<Scalar>::half>(Low()))());
 }
 
 // Transposes 4 rows of 4 neighbouring elements into 4 destinations: to[j][i] = rows[i][j].

@@ -31,8 +31,8 @@ struct PackedLayout {
       unit_size[m] = round_up(unit[m][2] + s * k, 16);
     }
   }
+  // Where unit m begins; at(units) is the size of the whole.
   int64_t at(int64_t m) const { return m == 0 ? 0 : unit_size[0] + (m - 1) * unit_size[1]; }
-  int64_t segment(int64_t units) const { return at(units); }
 };
 
 // z1 | shortcut | z2 | z3 of all units, in the row order of the statistics.
@@ -54,14 +54,12 @@ struct Scratch {
   PaddedImage<Scalar> padded;
   Scalar* hidden;  // k rows of one tile
   Affine<Scalar> affine;
-  Sums<Scalar> sums;
 
   Scratch(const LayerShape& shape, const Geometry<Scalar>& geometry) : padded(geometry, shape.hidden()) {}
   void take(const LayerShape& shape, Arena& arena) {
     padded.data = arena.take<Scalar>(padded.size());
     hidden = arena.take<Scalar>(shape.hidden() * Simd<Scalar>::tile);
     affine.take(arena, shape.rows());
-    sums.take(arena, shape.hidden() + 2 * shape.segment());
   }
 };
 
@@ -192,24 +190,17 @@ struct Stages {
     for (int64_t tile = 0; tile < geometry.tiles; ++tile) emit_tile(i, m, slot, tile, affine);
   }
 
-  // The pivots of this thread's moments: the first pixel it sees.
-  void set_pivots(const Sums<Scalar>& sums, const Scalar* z_tile, int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) sums.pivot[r] = z_tile[r * T];
-  }
-
-  // `sums`: also take moments, with pivots from this image if it is the thread's `first`.
-  void reduce_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Scalar* w, const Sums<Scalar>* sums,
-                         bool first) const {
+  // `moments`, where given, take in what the stage computes.
+  void reduce_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Scalar* w,
+                         const Moments<Scalar>* moments) const {
     Scalar* z1 = reduce_tile(i, m, slot, tile);
     const int64_t rows = reduce_rows(m);
     gemm_rows<Scalar, Into::store>(w, rows, input_tile(m, slot, tile), shape.inputs(m), z1);
-    if (!sums) return;
-    if (first && tile == 0) set_pivots(*sums, z1, rows);
-    add_moments<Scalar>(*sums, z1, rows, mask + tile * T);
+    if (moments) moments->add(z1, rows, mask + tile * T);
   }
 
   void spatial(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
-               const Scratch<Scalar>& scratch, const Sums<Scalar>* sums, bool first) const {
+               const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
     const int64_t k = shape.hidden();
     const Affine<Scalar> norm = affine.at(reduce_row(m));
     for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
@@ -219,23 +210,19 @@ struct Stages {
     for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
       Scalar* z2 = spatial_tile(i, m, slot, tile);
       conv3x3_rows<Scalar>(geometry, scratch.padded, w, k, tile, z2);
-      if (!sums) continue;
-      if (first && tile == 0) set_pivots(*sums, z2, k);
-      add_moments<Scalar>(*sums, z2, k, mask + tile * T);
+      if (moments) moments->add(z2, k, mask + tile * T);
     }
   }
 
   void project(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
-               const Scratch<Scalar>& scratch, const Sums<Scalar>* sums, bool first) const {
+               const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
     const int64_t k = shape.hidden(), s = shape.segment();
     const Affine<Scalar> norm = affine.at(spatial_row(m));
     for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
       Scalar* z3 = project_tile(i, m, slot, tile);
       activate<Scalar>(spatial_tile(i, m, slot, tile), norm, k, mask + tile * T, scratch.hidden);
       gemm_rows<Scalar, Into::store>(w, s, scratch.hidden, k, z3);
-      if (!sums) continue;
-      if (first && tile == 0) set_pivots(*sums, z3, s);
-      add_moments<Scalar>(*sums, z3, s, mask + tile * T);
+      if (moments) moments->add(z3, s, mask + tile * T);
     }
   }
 

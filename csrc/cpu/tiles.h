@@ -9,6 +9,9 @@
 // state and in every gradient; `mask` says where they are.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "core/layer.h"
 #include "cpu/simd.h"
 
