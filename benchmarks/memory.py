@@ -32,17 +32,7 @@ def replaced(layer: GunnLayer, variant: str) -> nn.Module:
     if variant != "eager":
         layer.recompute = variant == "fused"
         return layer
-    reference = ReferenceGunnLayer(
-        layer.channels,
-        layer.segments,
-        layer.expansion,
-        layer.num_units,
-        shortcut=layer.shortcut,
-        gradual=layer.gradual,
-        residual=layer.residual,
-        eps=layer.eps,
-        momentum=layer.momentum,
-    )
+    reference = ReferenceGunnLayer(**layer.arguments())
     reference.load_state_dict(layer.state_dict())
     return reference
 

@@ -204,6 +204,11 @@ class StackedLayer(nn.Module):
         """k, the hidden channels of a unit."""
         return self.expansion * self.width
 
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, device and dtype aside: what another layer of the same kind needs."""
+        names = ("channels", "segments", "expansion", "shortcut", "gradual", "residual", "eps", "momentum", "recompute")
+        return {name: getattr(self, name) for name in names} | {"units": self.num_units}
+
     def unit_list(self) -> list[Unit]:
         """The stacked units, as their type."""
         return [unit for unit in self.units if isinstance(unit, Unit)]

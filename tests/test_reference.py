@@ -407,3 +407,12 @@ def test_statistics_never_go_below_float32():
     assert (layer.units[0].reduce_bn.running_mean == torch.tensor(1 / 3)).all()  # not rounded on the way
     assert layer.double().units[0].reduce_bn.running_mean.dtype == torch.float64
     assert StackedBatchNorm(2, 3, None, torch.float64).running_var.dtype == torch.float64
+
+
+def test_arguments_build_the_like():
+    layer = ReferenceGunnLayer(
+        12, 3, 3, 2, shortcut=True, gradual=False, residual=False, eps=1e-3, momentum=None, recompute=False
+    )
+    twin = ReferenceGunnLayer(**layer.arguments())
+    assert repr(twin) == repr(layer)
+    assert twin.arguments() == layer.arguments()
