@@ -1,0 +1,78 @@
+"""Builds the test kernels with g++ and the emulator, once a session and in the background, and runs them.
+
+Each program is a small executable, not a Python module: a sanitizer then needs no LD_PRELOAD. The emulator's own files
+are never sanitized (csrc/emulator/emulator.h says why), so all flavours share their objects.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path(__file__).resolve().parent / "kernels"
+PROGRAMS = ("bugs", "block", "warp", "grid", "tensor", "order")  # in the order they are built
+COMMON = ["g++", "-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{KERNELS}"]
+FLAVOURS = {
+    "plain": ["-O1"],
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
+    "portable": ["-O1"],  # on ucontext fibers, as on machines that are not x86-64
+}
+SETTINGS = ("GUNN_EMULATOR_SEED", "GUNN_EMULATOR_WORKERS", "GUNN_EMULATOR_STACK_KB")
+
+
+class Emulated:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(2)
+        self.emulators = {
+            "own": self.pool.submit(self._compile_emulator, "own", []),
+            "portable": self.pool.submit(self._compile_emulator, "portable", ["-DGUNN_EMULATOR_UCONTEXT"]),
+        }
+        self.programs: dict[tuple[str, str], Future[Path]] = {}
+
+    def _compile_emulator(self, name: str, flags: list[str]) -> list[str]:
+        objects = []
+        for source in sorted((ROOT / "csrc" / "emulator").glob("*.cpp")):
+            objects.append(str(self.folder / f"{name}-{source.stem}.o"))
+            subprocess.run([*COMMON, "-O2", *flags, "-c", str(source), "-o", objects[-1]], check=True)
+        return objects
+
+    def _compile(self, program: str, flavour: str) -> Path:
+        target = self.folder / f"{program}-{flavour}"
+        objects = self.emulators["portable" if flavour == "portable" else "own"].result()
+        source = ["-x", "c++", str(KERNELS / f"{program}.cu"), "-x", "none"]
+        subprocess.run([*COMMON, *FLAVOURS[flavour], *source, *objects, "-pthread", "-o", str(target)], check=True)
+        return target
+
+    def build(self, program: str, flavour: str) -> Future[Path]:
+        key = program, flavour
+        if key not in self.programs:
+            self.programs[key] = self.pool.submit(self._compile, *key)
+        return self.programs[key]
+
+    def run(self, program: str, flavour: str, *cases: str, **settings: int) -> subprocess.CompletedProcess[str]:
+        """Runs cases in one process; ``seed``, ``workers`` and ``stack_kb`` become the emulator's variables."""
+        environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        environment |= {f"GUNN_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
+        command = [str(self.build(program, flavour).result()), *cases]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+    def cases(self, program: str, flavour: str) -> list[str]:
+        return self.run(program, flavour, "--list").stdout.split()
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH: the emulated kernels cannot be built")
+    emulated = Emulated(tmp_path_factory.mktemp("emulated"))
+    for program in PROGRAMS:
+        for flavour in ("plain",) if program == "order" else ("plain", "thread", "address"):
+            emulated.build(program, flavour)
+    yield emulated
+    emulated.pool.shutdown(cancel_futures=True)
