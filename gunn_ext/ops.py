@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 try:
-    from gunn_ext import _core
+    import gunn_ext._core as _core
 except ImportError as error:
     raise ImportError(
         "gunn_ext is not built here: this folder holds its sources, without the compiled module gunn_ext._core "
