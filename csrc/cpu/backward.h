@@ -333,21 +333,9 @@ class BackwardPass {
   }
   void write_batch_norm_gradient(const Own& mine, int64_t i, int64_t m, int64_t row, double sum, double product) const {
     if (!options_.need_parameters) return;
-    const int64_t k = shape_.hidden(), s = shape_.segment();
-    const auto& grads = tensors_.grads[m];
-    Scalar *weight, *bias;
-    int64_t at;
-    if (row >= stages_.project_row(m)) {
-      at = i * s + row - stages_.project_row(m), weight = grads.project_weight, bias = grads.project_bias;
-    } else if (row >= stages_.spatial_row(m)) {
-      at = i * k + row - stages_.spatial_row(m), weight = grads.spatial_weight, bias = grads.spatial_bias;
-    } else if (row >= stages_.reduce_row(m) + k) {
-      at = i * s + row - stages_.reduce_row(m) - k, weight = grads.shortcut_weight, bias = grads.shortcut_bias;
-    } else {
-      at = i * k + row - stages_.reduce_row(m), weight = grads.reduce_weight, bias = grads.reduce_bias;
-    }
-    weight[at] = static_cast<Scalar>(product * static_cast<double>(mine.scratch.affine.inverse[row]));
-    bias[at] = static_cast<Scalar>(sum);
+    const auto grads = stages_.batch_norm(tensors_.grads[m], i, m, row);
+    *grads.weight = static_cast<Scalar>(product * static_cast<double>(mine.scratch.affine.inverse[row]));
+    *grads.bias = static_cast<Scalar>(sum);
   }
 
   void project(const Team& team, int64_t i, int64_t m) const {

@@ -143,26 +143,35 @@ struct Stages {
     return segment + packed_layout.at(m) + packed_layout.unit[m > 0][stage];
   }
 
+  // Weight and bias (or their gradients) of the batch norm behind row `row` of the statistics of segment i, in unit m.
+  template <class Pointer>
+  struct BatchNorm {
+    Pointer weight, bias;
+  };
+  template <class Pointer>
+  BatchNorm<Pointer> batch_norm(const UnitTensors<Pointer>& unit, int64_t i, int64_t m, int64_t row) const {
+    const int64_t k = shape.hidden(), s = shape.segment();
+    if (row >= project_row(m)) {
+      const int64_t at = i * s + row - project_row(m);
+      return {unit.project_weight + at, unit.project_bias + at};
+    }
+    if (row >= spatial_row(m)) {
+      const int64_t at = i * k + row - spatial_row(m);
+      return {unit.spatial_weight + at, unit.spatial_bias + at};
+    }
+    if (row >= reduce_row(m) + k) {
+      const int64_t at = i * s + row - reduce_row(m) - k;
+      return {unit.shortcut_weight + at, unit.shortcut_bias + at};
+    }
+    const int64_t at = i * k + row - reduce_row(m);
+    return {unit.reduce_weight + at, unit.reduce_bias + at};
+  }
+
   // Row `row` of segment i's statistics from mean and variance.
   void set_affine(const Affine<Scalar>& affine, int64_t i, int64_t row, Scalar mean, Scalar var, double eps) const {
     const int64_t m = row < shape.unit_rows(0) ? 0 : 1 + (row - shape.unit_rows(0)) / shape.unit_rows(1);
-    const int64_t k = shape.hidden(), s = shape.segment();
-    const auto& unit = parameters[m];
-    const Scalar *weight, *bias;
-    if (row >= project_row(m)) {
-      weight = unit.project_weight + i * s + row - project_row(m);
-      bias = unit.project_bias + i * s + row - project_row(m);
-    } else if (row >= spatial_row(m)) {
-      weight = unit.spatial_weight + i * k + row - spatial_row(m);
-      bias = unit.spatial_bias + i * k + row - spatial_row(m);
-    } else if (row >= reduce_row(m) + k) {
-      weight = unit.shortcut_weight + i * s + row - reduce_row(m) - k;
-      bias = unit.shortcut_bias + i * s + row - reduce_row(m) - k;
-    } else {
-      weight = unit.reduce_weight + i * k + row - reduce_row(m);
-      bias = unit.reduce_bias + i * k + row - reduce_row(m);
-    }
-    affine.set(row, mean, var, *weight, *bias, eps);
+    const auto norm = batch_norm(parameters[m], i, m, row);
+    affine.set(row, mean, var, *norm.weight, *norm.bias, eps);
   }
 
   // Unit m's output on one tile: into `outputs`, or after the last unit into the state.
