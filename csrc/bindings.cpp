@@ -13,6 +13,9 @@
 #include "core/error.h"
 #include "core/layer.h"
 #include "cpu/dispatch.h"
+#ifdef GUNN_WITH_CUDA
+#include "cuda/dispatch.h"
+#endif
 
 namespace py = pybind11;
 
@@ -48,13 +51,15 @@ LayerShape make_shape(int64_t batch, int64_t channels, int64_t height, int64_t w
 }
 
 Options make_options(const LayerShape& shape, bool batch_statistics, double eps, int threads, int64_t count,
-                     bool need_input, bool need_parameters, bool stepwise) {
+                     bool need_input, bool need_parameters, bool stepwise, int device, Address stream,
+                     bool tensor_float) {
   require(eps > 0 && eps < std::numeric_limits<double>::infinity(), "Options: eps must be finite and above 0, got ",
           eps, ".");
   require(threads >= 1, "Options: threads must be at least 1, got ", threads, ".");
   require(count >= 0, "Options: count must be at least 0, got ", count, ".");
   const int64_t local = shape.batch * shape.height * shape.width;
-  return {batch_statistics, eps, count ? count : local, threads, need_input, need_parameters, stepwise};
+  return {batch_statistics, eps,    count ? count : local, threads,     need_input, need_parameters,
+          stepwise,         device, pointer<void>(stream), tensor_float};
 }
 
 // Per unit: reduce, its batch norm's weight and bias, the shortcut's three where there is one, spatial's, project's.
@@ -103,19 +108,50 @@ void check_place(const LayerShape& shape, int64_t segment, int64_t unit) {
   require(unit >= 0 && unit < shape.units, "unit ", unit, " is not one of the layer's ", shape.units, ".");
 }
 
-// The two dtypes of the core, by the torch name without its module.
+// Calls work(kernels) with the table of the backend that the options ask for. dtypes have torch's names, module aside.
 template <class Work>
-auto with_dtype(const std::string& dtype, Work work) {
-  if (dtype == "float32") return work(float());
-  if (dtype == "float64") return work(double());
-  fail("the CPU kernels take float32 or float64, got ", dtype, ".");
+auto with_kernels(const Options& options, const std::string& dtype, const Work& work) {
+  if (options.device < 0) {
+    if (dtype == "float32") return work(cpu_kernels<float>());
+    if (dtype == "float64") return work(cpu_kernels<double>());
+    fail("the CPU kernels take float32 or float64, got ", dtype, ".");
+  }
+#ifdef GUNN_WITH_CUDA
+  if (dtype == "float32") return work(options.tensor_float ? cuda_tensor_float32 : cuda_float32);
+  if (dtype == "float64") return work(cuda_float64);
+  if (dtype == "bfloat16") return work(cuda_bfloat16);
+  if (dtype == "float16") return work(cuda_float16);
+  fail("the CUDA kernels take float64, float32, bfloat16 or float16, got ", dtype, ".");
+#else
+  fail("gunn_ext was built without CUDA kernels (" GUNN_CUDA_REASON "), but asked to run on GPU ", options.device, ".");
+#endif
 }
 
 std::tuple<int64_t, int64_t, int64_t> sizes(const LayerShape& shape, const Options& options, const std::string& dtype,
                                             bool keep) {
-  const Sizes sizes =
-      with_dtype(dtype, [&](auto scalar) { return cpu_kernels<decltype(scalar)>().sizes(shape, options, keep); });
-  return {sizes.pixels, sizes.forward_workspace, sizes.backward_workspace};
+  return with_kernels(options, dtype, [&](const auto& kernels) -> std::tuple<int64_t, int64_t, int64_t> {
+    const Sizes sizes = kernels.sizes(shape, options, keep);
+    return {sizes.pixels, sizes.forward_workspace, sizes.backward_workspace};
+  });
+}
+
+template <class Scalar, class Wide>
+void forward_on(const Kernels<Scalar, Wide>& kernels, const LayerShape& shape, const Options& options, Address x,
+                const Strides& x_strides, Address y, const Strides& y_strides, const std::vector<Address>& parameters,
+                Address statistics, Address saved, Address workspace, const std::string& step, int64_t segment,
+                int64_t unit) {
+  const auto units = make_units<const Wide>(shape, parameters);
+  const ForwardTensors<Scalar, Wide> tensors{make_map<const Scalar>(x, x_strides),
+                                             make_map<Scalar>(y, y_strides),
+                                             units.data(),
+                                             pointer<Wide>(statistics),
+                                             pointer<Scalar>(saved),
+                                             pointer<std::byte>(workspace)};
+  if (step.empty()) {
+    kernels.forward(shape, options, tensors);
+  } else {
+    kernels.forward_step(shape, options, tensors, named(kForwardSteps, step), segment, unit);
+  }
 }
 
 void forward(const LayerShape& shape, const Options& options, const std::string& dtype, Address x,
@@ -124,19 +160,36 @@ void forward(const LayerShape& shape, const Options& options, const std::string&
              int64_t unit) {
   check_place(shape, segment, unit);
   require(step.empty() != options.stepwise, "Options: stepwise must be set to run steps, and only then.");
-  with_dtype(dtype, [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    const auto units = make_units<const Scalar>(shape, parameters);
-    const ForwardTensors<Scalar> tensors{
-        make_map<const Scalar>(x, x_strides), make_map<Scalar>(y, y_strides), units.data(),
-        pointer<Scalar>(statistics),          pointer<Scalar>(saved),         pointer<std::byte>(workspace)};
-    const auto& kernels = cpu_kernels<Scalar>();
-    if (step.empty()) {
-      kernels.forward(shape, options, tensors);
-    } else {
-      kernels.forward_step(shape, options, tensors, named(kForwardSteps, step), segment, unit);
-    }
+  with_kernels(options, dtype, [&](const auto& kernels) {
+    forward_on(kernels, shape, options, x, x_strides, y, y_strides, parameters, statistics, saved, workspace, step,
+               segment, unit);
   });
+}
+
+template <class Scalar, class Wide>
+void backward_on(const Kernels<Scalar, Wide>& kernels, const LayerShape& shape, const Options& options, Address grad_y,
+                 const Strides& grad_y_strides, Address x, const Strides& x_strides, Address y,
+                 const Strides& y_strides, Address grad_x, const Strides& grad_x_strides,
+                 const std::vector<Address>& parameters, const std::vector<Address>& grads, Address statistics,
+                 Address saved, Address workspace, Address sums, const std::string& step, int64_t segment,
+                 int64_t unit) {
+  const auto units = make_units<const Wide>(shape, parameters);
+  const auto unit_grads = options.need_parameters ? make_units<Wide>(shape, grads) : std::vector<UnitTensors<Wide*>>();
+  const BackwardTensors<Scalar, Wide> tensors{make_map<const Scalar>(grad_y, grad_y_strides),
+                                              make_map<const Scalar>(x, x_strides),
+                                              make_map<const Scalar>(y, y_strides),
+                                              make_map<Scalar>(grad_x, grad_x_strides),
+                                              units.data(),
+                                              unit_grads.data(),
+                                              pointer<const Wide>(statistics),
+                                              pointer<double>(sums),
+                                              pointer<const Scalar>(saved),
+                                              pointer<std::byte>(workspace)};
+  if (step.empty()) {
+    kernels.backward(shape, options, tensors);
+  } else {
+    kernels.backward_step(shape, options, tensors, named(kBackwardSteps, step), segment, unit);
+  }
 }
 
 void backward(const LayerShape& shape, const Options& options, const std::string& dtype, Address grad_y,
@@ -147,27 +200,9 @@ void backward(const LayerShape& shape, const Options& options, const std::string
   check_place(shape, segment, unit);
   require(step.empty() != options.stepwise, "Options: stepwise must be set to run steps, and only then.");
   require(step.empty() || sums, "steps of the backward need a buffer of sums.");
-  with_dtype(dtype, [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    const auto units = make_units<const Scalar>(shape, parameters);
-    const auto unit_grads =
-        options.need_parameters ? make_units<Scalar>(shape, grads) : std::vector<UnitTensors<Scalar*>>();
-    const BackwardTensors<Scalar> tensors{make_map<const Scalar>(grad_y, grad_y_strides),
-                                          make_map<const Scalar>(x, x_strides),
-                                          make_map<const Scalar>(y, y_strides),
-                                          make_map<Scalar>(grad_x, grad_x_strides),
-                                          units.data(),
-                                          unit_grads.data(),
-                                          pointer<const Scalar>(statistics),
-                                          pointer<double>(sums),
-                                          pointer<const Scalar>(saved),
-                                          pointer<std::byte>(workspace)};
-    const auto& kernels = cpu_kernels<Scalar>();
-    if (step.empty()) {
-      kernels.backward(shape, options, tensors);
-    } else {
-      kernels.backward_step(shape, options, tensors, named(kBackwardSteps, step), segment, unit);
-    }
+  with_kernels(options, dtype, [&](const auto& kernels) {
+    backward_on(kernels, shape, options, grad_y, grad_y_strides, x, x_strides, y, y_strides, grad_x, grad_x_strides,
+                parameters, grads, statistics, saved, workspace, sums, step, segment, unit);
   });
 }
 
@@ -175,8 +210,14 @@ py::dict build_info() {
   py::dict info;
   info["version"] = GUNN_VERSION;
   info["compiler"] = GUNN_COMPILER;
+#ifdef GUNN_WITH_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   info["cuda_reason"] = GUNN_CUDA_REASON;
+  info["cuda_architectures"] = GUNN_CUDA_ARCHITECTURES;
+  info["cuda_toolkit"] = GUNN_CUDA_TOOLKIT;
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;
 #else
@@ -193,15 +234,17 @@ PYBIND11_MODULE(_core, m) {
   using namespace py::literals;
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.doc() = "The compiled kernels of gunn_ext. Only gunn_ext/ops.py calls them.";
-  py::register_exception<Error>(m, "CoreError", PyExc_RuntimeError);
+  py::register_local_exception<Error>(m, "CoreError", PyExc_RuntimeError);
 
-  py::class_<LayerShape>(m, "LayerShape")
+  // Local to this module: the tests load a second one, whose CUDA kernels are emulated.
+  py::class_<LayerShape>(m, "LayerShape", py::module_local())
       .def(py::init(&make_shape), py::kw_only(), "batch"_a, "channels"_a, "height"_a, "width"_a, "segments"_a,
            "expansion"_a, "units"_a, "shortcut"_a, "residual"_a)
       .def_property_readonly("rows", &LayerShape::rows);
-  py::class_<Options>(m, "Options")
+  py::class_<Options>(m, "Options", py::module_local())
       .def(py::init(&make_options), "shape"_a, py::kw_only(), "batch_statistics"_a, "eps"_a, "threads"_a, "count"_a = 0,
-           "need_input"_a = true, "need_parameters"_a = true, "stepwise"_a = false);
+           "need_input"_a = true, "need_parameters"_a = true, "stepwise"_a = false, "device"_a = -1, "stream"_a = 0,
+           "tensor_float"_a = false);
 
   m.def("build_info", &build_info);
   m.def("simd_level", &simd_level);

@@ -32,6 +32,9 @@ class Options:
         need_input: bool = True,
         need_parameters: bool = True,
         stepwise: bool = False,
+        device: int = -1,
+        stream: int = 0,
+        tensor_float: bool = False,
     ) -> None: ...
 
 def build_info() -> dict[str, Any]: ...

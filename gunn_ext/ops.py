@@ -7,6 +7,7 @@ workspace included, comes from torch.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +27,12 @@ except ImportError as error:
         "from another folder."
     ) from error
 
-from gunn_ext.parameters import LAYER_DTYPES, StackedBatchNorm, StackedLayer, Unit
+from gunn_ext.parameters import LAYER_DTYPES, STATISTICS_DTYPES, StackedBatchNorm, StackedLayer, Unit
 from gunn_ext.reference import memory_format_of, reference_layer
 
 _log = logging.getLogger("gunn_ext")
 _told: set[str] = set()
 
-KERNEL_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 # Below this many multiply-adds one thread is faster than waking a second.
 _SERIAL_WORK = 1_000_000
 
@@ -42,27 +42,147 @@ def core_info() -> dict[str, Any]:
     return {**_core.build_info(), "simd": _core.simd_level()}
 
 
+# --- The backends --------------------------------------------------------------------------------------------------
+
+
+class CpuBackend:
+    """The CPU kernels."""
+
+    dtypes = {torch.float32: "float32", torch.float64: "float64"}
+    core = _core
+    device_options: dict[str, Any] = {}
+
+    def name(self, device: torch.device) -> str:
+        """What computes, for people."""
+        return f"cpu/{self.core.simd_level()}"
+
+    def placement(self, x: Tensor, expansion: int, tensor_float: bool) -> dict[str, Any]:
+        """Options of the core that say where and how to run."""
+        batch, channels, height, width = x.shape
+        work = batch * channels * height * width * channels * expansion
+        threads = 1 if work < _SERIAL_WORK else max(1, min(torch.get_num_threads(), batch))
+        return {"threads": threads}
+
+    def check(self, device: torch.device) -> None:
+        """Raise a RuntimeError if ``device`` cannot run the kernels."""
+
+    def allows_tensor_float(self) -> bool:
+        """Whether torch's switches let convolutions of float32 run as TF32."""
+        return False
+
+
+class CudaBackend:
+    """The CUDA kernels of ``core``: on the tensor's GPU, in torch's current stream there."""
+
+    dtypes = {
+        torch.float32: "float32",
+        torch.float64: "float64",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    device_options: dict[str, Any] = {"device": 0}
+
+    def __init__(self, core: Any = _core) -> None:
+        """``core`` is the compiled module, or one like it whose CUDA kernels are emulated."""
+        self.core = core
+
+    def name(self, device: torch.device) -> str:
+        """What computes, for people."""
+        return "cuda/staged"
+
+    def placement(self, x: Tensor, expansion: int, tensor_float: bool) -> dict[str, Any]:
+        """Options of the core that say where and how to run."""
+        options = {"threads": 1, "device": 0, "tensor_float": tensor_float}
+        if x.is_cuda:
+            options |= {"device": x.device.index, "stream": torch.cuda.current_stream(x.device).cuda_stream}
+        return options
+
+    def check(self, device: torch.device) -> None:
+        """Raise a RuntimeError if ``device`` is a GPU the kernels were not built for."""
+        if device.type == "cuda" and not torch.compiler.is_compiling():
+            index = torch.cuda.current_device() if device.index is None else device.index
+            _check_gpu(index, self.core.build_info()["cuda_architectures"])
+
+    def allows_tensor_float(self) -> bool:
+        """Whether torch's switches let convolutions of float32 run as TF32."""
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for ``architectures`` run on a GPU of this compute capability.
+
+    Args:
+        architectures: As CMake lists them: ``80;86-real;90a-real;90-virtual``. Machine code runs on its own major
+            version from its own minor on, with a letter on exactly its own; PTX (not ``-real``) on everything newer.
+        capability: Major and minor, as ``torch.cuda.get_device_capability`` gives them.
+    """
+    for architecture in filter(None, architectures.split(";")):
+        number, _, kind = architecture.partition("-")
+        special = not number.isdigit()
+        built = int(number.rstrip("af")) // 10, int(number.rstrip("af")) % 10
+        if special:
+            if built == capability:
+                return True
+            continue
+        if kind != "virtual" and built[0] == capability[0] and built[1] <= capability[1]:
+            return True
+        if kind != "real" and built <= capability:
+            return True
+    return False
+
+
+@functools.cache
+def _check_gpu(index: int, architectures: str) -> None:
+    capability = torch.cuda.get_device_capability(index)
+    if runs_on(architectures, capability):
+        return
+    version = "{}{}".format(*capability)
+    advice = (
+        f"rebuild with GUNN_CUDA_ARCHS={version}"
+        if capability >= (8, 0)
+        else "the kernels need compute capability 8.0; move the model to the CPU, or use ReferenceGunnLayer"
+    )
+    raise RuntimeError(
+        f"gunn_ext's CUDA kernels were built for {architectures}, but cuda:{index} "
+        f"({torch.cuda.get_device_name(index)}) is sm_{version}: {advice}. `gunn info` shows the build."
+    )
+
+
+# By device type. A backend here serves every tensor of its device.
+_BACKENDS: dict[str, CpuBackend | CudaBackend] = {"cpu": CpuBackend()}
+if _core.build_info()["cuda"]:
+    _BACKENDS["cuda"] = CudaBackend()
+
+
+def _backend_of(device: torch.device) -> CpuBackend | CudaBackend:
+    """What serves a device; tensors without data are treated as the CPU's.
+
+    Raises:
+        RuntimeError: Nothing here serves it.
+    """
+    found = _BACKENDS.get("cpu" if device.type == "meta" else device.type)
+    if found is None:
+        reason = _core.build_info()["cuda_reason"]
+        rebuild = "Rebuild with GUNN_CUDA=ON, move" if device.type == "cuda" else "Move"
+        raise RuntimeError(
+            f"gunn_ext was built without kernels for {device.type} ({reason}), but the input is on {device}. {rebuild} "
+            "the model and its input to the CPU, or use gunn_ext.reference.ReferenceGunnLayer. `gunn info` shows the "
+            "build."
+        )
+    return found
+
+
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Name what computes a gradual layer: ``cpu/avx512``, ``cpu/avx2``, ``cpu/baseline`` or ``reference``.
+    """Name what computes a gradual layer: ``cpu/avx512`` (or ``avx2``, ``baseline``), ``cuda/staged``, ``reference``.
 
     Raises:
         RuntimeError: Nothing here serves ``device``.
         TypeError: ``dtype`` is not a floating dtype of the layer.
     """
-    _check_served(torch.device(device))
+    found = _backend_of(torch.device(device))
     if dtype not in LAYER_DTYPES:
         raise TypeError(f"GunnLayer: expected float64, float32, bfloat16 or float16, got {dtype}; convert the input.")
-    return f"cpu/{_core.simd_level()}" if dtype in KERNEL_DTYPES else "reference"
-
-
-def _check_served(device: torch.device) -> None:
-    if device.type in ("cpu", "meta"):
-        return
-    reason = _core.build_info()["cuda_reason"]
-    raise RuntimeError(
-        f"gunn_ext was built without kernels for {device.type} ({reason}), but the input is on {device}. Move the "
-        "model and its input to the CPU, or use gunn_ext.reference.ReferenceGunnLayer. `gunn info` shows the build."
-    )
+    return found.name(torch.device(device)) if dtype in found.dtypes else "reference"
 
 
 # --- The arguments of the core -------------------------------------------------------------------------------------
@@ -72,23 +192,25 @@ def _check_served(device: torch.device) -> None:
 class _Call:
     """One layer at one input shape, as the core wants it."""
 
+    backend: CpuBackend | CudaBackend
     shape: _core.LayerShape
     options: _core.Options
     dtype: torch.dtype
 
     @property
     def name(self) -> str:
-        return KERNEL_DTYPES[self.dtype]
+        return self.backend.dtypes[self.dtype]
 
-    def sizes(self, keep: bool) -> tuple[int, int, int]:
-        return _core.sizes(self.shape, self.options, self.name, keep)
+    def workspaces(self, keep: bool) -> tuple[int, int]:
+        """Bytes that a forward and a backward need."""
+        return self.backend.core.sizes(self.shape, self.options, self.name, keep)[1:]
 
 
 def _layer_shape(
-    sizes: Sequence[int], segments: int, expansion: int, units: int, shortcut: bool, residual: bool
+    core: Any, sizes: Sequence[int], segments: int, expansion: int, units: int, shortcut: bool, residual: bool
 ) -> _core.LayerShape:
     batch, channels, height, width = (int(size) for size in sizes)
-    return _core.LayerShape(
+    return core.LayerShape(
         batch=batch,
         channels=channels,
         height=height,
@@ -101,18 +223,21 @@ def _layer_shape(
     )
 
 
-def _threads(x: Tensor, expansion: int) -> int:
-    batch, channels, height, width = x.shape
-    work = batch * channels * height * width * channels * expansion
-    return 1 if work < _SERIAL_WORK else max(1, min(torch.get_num_threads(), batch))
-
-
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+def _workspace(size: int, x: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=x.device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: float32 at least."""
+    return dtype if dtype in STATISTICS_DTYPES else torch.float32
+
+
+def _wide_parameters(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.to(_wide(dtype)).contiguous() for tensor in parameters]
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -120,14 +245,15 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _statistics_shape(x: Tensor, segments: int, expansion: int, units: int, shortcut: bool) -> tuple[int, int, int]:
-    shape = _layer_shape((1, x.shape[1], 1, 1), segments, expansion, units, shortcut, True)
+    shape = _layer_shape(_core, (1, x.shape[1], 1, 1), segments, expansion, units, shortcut, True)
     return 2, segments, shape.rows
 
 
 def _saved_shape(x: Tensor, segments: int, expansion: int, units: int, shortcut: bool) -> tuple[int, int, int, int]:
-    shape = _layer_shape((1, *x.shape[1:]), segments, expansion, units, shortcut, True)
-    options = _core.Options(shape, batch_statistics=False, eps=1.0, threads=1)
-    pixels = _core.sizes(shape, options, KERNEL_DTYPES[x.dtype], True)[0]
+    found = _backend_of(x.device)
+    shape = _layer_shape(found.core, (1, *x.shape[1:]), segments, expansion, units, shortcut, True)
+    options = found.core.Options(shape, batch_statistics=False, eps=1.0, threads=1, **found.device_options)
+    pixels = found.core.sizes(shape, options, found.dtypes[x.dtype], True)[0]
     return segments, x.shape[0], shape.rows, pixels
 
 
@@ -150,8 +276,11 @@ def _check_operands(
             f"gunn_ext: x {tuple(x.shape)} must be (B, N, H, W) with N divisible by segments ({segments}), and "
             f"expansion ({expansion}) and units ({units}) at least 1."
         )
-    if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"gunn_ext: the CPU kernels take float32 or float64, got {x.dtype}; convert the tensors.")
+    found = _backend_of(x.device)
+    if x.dtype not in found.dtypes:
+        names = ", ".join(found.dtypes.values())
+        raise TypeError(f"gunn_ext: the {x.device.type} kernels take {names}, got {x.dtype}; convert the tensors.")
+    wide = _wide(x.dtype)
     s = x.shape[1] // segments
     k = expansion * s
     shapes: list[tuple[int, ...]] = []
@@ -164,25 +293,44 @@ def _check_operands(
             shapes += [(segments, *conv), (segments, conv[0]), (segments, conv[0])]
     if len(parameters) != len(shapes):
         raise ValueError(f"gunn_ext: expected {len(shapes)} parameters for these options, got {len(parameters)}.")
-    named: list[tuple[str, Tensor | None, Sequence[int]]] = [
-        (f"parameters[{index}]", p, shape) for index, (p, shape) in enumerate(zip(parameters, shapes, strict=True))
+    named: list[tuple[str, Tensor | None, Sequence[int], set[torch.dtype]]] = [
+        (f"parameters[{index}]", p, shape, {x.dtype, wide})
+        for index, (p, shape) in enumerate(zip(parameters, shapes, strict=True))
     ]
-    named += [(name, tensor, shape) for name, (tensor, shape) in others.items()]
-    for name, tensor, shape in named:
+    for name, (tensor, shape) in others.items():
+        named.append((name, tensor, shape, {wide if name == "statistics" else x.dtype}))
+    for name, tensor, shape, dtypes in named:
         if tensor is None:
             continue
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"gunn_ext: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        if tensor.dtype not in dtypes or tensor.device != x.device:
+            allowed = " or ".join(sorted(map(str, dtypes)))
             raise ValueError(
-                f"gunn_ext: {name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}."
+                f"gunn_ext: {name} must be {allowed} on {x.device} beside x, got {tensor.dtype} on {tensor.device}."
             )
+
+
+def _call(
+    x: Tensor,
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    residual: bool,
+    tensor_float: bool,
+    **options: Any,
+) -> _Call:
+    found = _backend_of(x.device)
+    shape = _layer_shape(found.core, x.shape, segments, expansion, units, shortcut, residual)
+    placed = found.core.Options(shape, **found.placement(x, expansion, tensor_float), **options)
+    return _Call(found, shape, placed, x.dtype)
 
 
 # --- The two operators ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gunn_ext::layer_forward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("gunn_ext::layer_forward", mutates_args=(), device_types=("cpu", "cuda"))
 def layer_forward(
     x: Tensor,
     parameters: list[Tensor],
@@ -194,13 +342,15 @@ def layer_forward(
     residual: bool,
     eps: float,
     keep: bool,
+    tensor_float: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradual layer's forward.
 
     Args:
-        x: ``(B, N, H, W)`` float32 or float64, any strides.
-        parameters: As `parameter_list` gives them, dtype of ``x``.
-        statistics: ``(2, P, rows)`` mean and biased variance to normalise with; None takes the batch's own.
+        x: ``(B, N, H, W)`` in a dtype of the device's kernels, any strides.
+        parameters: As `parameter_list` gives them, float32 or in the dtype of ``x``.
+        statistics: ``(2, P, rows)`` mean and biased variance to normalise with, float32 at least; None takes the
+            batch's own.
         segments: P.
         expansion: K.
         units: M.
@@ -208,6 +358,7 @@ def layer_forward(
         residual: Add the update to the segment, or replace it.
         eps: Added to the variance.
         keep: Return the pre-activations.
+        tensor_float: A GPU may multiply float32 as TF32.
 
     Returns:
         y like ``x``; the batch's statistics ``(2, P, rows)``, empty where they were given; the pre-activations
@@ -219,16 +370,15 @@ def layer_forward(
     batch_statistics = statistics is None
     used = statistics
     if used is None:
-        used = x.new_empty(_statistics_shape(x, *sizes))
+        used = x.new_empty(_statistics_shape(x, *sizes), dtype=_wide(x.dtype))
     saved = x.new_empty(_saved_shape(x, *sizes) if keep else (0,))
     if x.numel():
-        shape = _layer_shape(x.shape, segments, expansion, units, shortcut, residual)
-        options = _core.Options(shape, batch_statistics=batch_statistics, eps=eps, threads=_threads(x, expansion))
-        call = _Call(shape, options, x.dtype)
-        contiguous = [tensor.contiguous() for tensor in parameters]
+        options = {"batch_statistics": batch_statistics, "eps": eps}
+        call = _call(x, *sizes, residual, tensor_float, **options)
+        contiguous = _wide_parameters(parameters, x.dtype)
         used = used.contiguous()
-        workspace = _workspace(call.sizes(keep)[1])
-        _core.forward(
+        workspace = _workspace(call.workspaces(keep)[0], x)
+        call.backend.core.forward(
             call.shape,
             call.options,
             call.name,
@@ -241,7 +391,7 @@ def layer_forward(
             saved=saved.data_ptr() if keep else 0,
             workspace=workspace.data_ptr(),
         )
-    return y, used if batch_statistics else x.new_empty(0), saved
+    return y, used if batch_statistics else x.new_empty(0, dtype=_wide(x.dtype)), saved
 
 
 @layer_forward.register_fake
@@ -256,13 +406,14 @@ def _(
     residual: bool,
     eps: float,
     keep: bool,
+    tensor_float: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = _statistics_shape(x, segments, expansion, units, shortcut) if statistics is None else (0,)
     saved = _saved_shape(x, segments, expansion, units, shortcut) if keep else (0,)
-    return _empty_like(x), x.new_empty(batch), x.new_empty(saved)
+    return _empty_like(x), x.new_empty(batch, dtype=_wide(x.dtype)), x.new_empty(saved)
 
 
-@torch.library.custom_op("gunn_ext::layer_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("gunn_ext::layer_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def layer_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -279,6 +430,7 @@ def layer_backward(
     training: bool,
     need_input: bool,
     need_parameters: bool,
+    tensor_float: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradual layer's backward, in reverse order of the segments (paper, algorithm 1).
 
@@ -298,6 +450,7 @@ def layer_backward(
         training: The statistics were the batch's own, so gradients flow through them.
         need_input: Return the gradient of ``x``.
         need_parameters: Return the gradients of ``parameters``.
+        tensor_float: As in the forward.
 
     Returns:
         The gradient of ``x`` (empty unless needed) and those of ``parameters`` (an empty list unless needed).
@@ -315,24 +468,24 @@ def layer_backward(
         saved=(saved, () if saved is None else _saved_shape(x, *sizes)),
     )
     grad_x = _empty_like(x) if need_input else x.new_empty(0)
-    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if need_parameters else []
+    wide = _wide(x.dtype)
+    grads = [torch.empty(p.shape, dtype=wide, device=p.device) for p in parameters] if need_parameters else []
     if x.numel() == 0:
-        return grad_x, [grad.zero_() for grad in grads]
-    keep = saved is not None
-    shape = _layer_shape(x.shape, segments, expansion, units, shortcut, residual)
-    options = _core.Options(
-        shape,
+        return grad_x, [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters[: len(grads)]]
+    call = _call(
+        x,
+        *sizes,
+        residual,
+        tensor_float,
         batch_statistics=training,
         eps=eps,
-        threads=_threads(x, expansion),
         need_input=need_input,
         need_parameters=need_parameters,
     )
-    call = _Call(shape, options, x.dtype)
-    contiguous = [tensor.contiguous() for tensor in parameters]
+    contiguous = _wide_parameters(parameters, x.dtype)
     used = statistics.contiguous()
-    workspace = _workspace(call.sizes(keep)[2])
-    _core.backward(
+    workspace = _workspace(call.workspaces(saved is not None)[1], x)
+    call.backend.core.backward(
         call.shape,
         call.options,
         call.name,
@@ -350,6 +503,7 @@ def layer_backward(
         saved=saved.data_ptr() if saved is not None else 0,
         workspace=workspace.data_ptr(),
     )
+    grads = [grad.to(p.dtype) for grad, p in zip(grads, parameters[: len(grads)], strict=True)]
     return grad_x, grads
 
 
@@ -370,6 +524,7 @@ def _(
     training: bool,
     need_input: bool,
     need_parameters: bool,
+    tensor_float: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if need_parameters else []
     return (_empty_like(x) if need_input else x.new_empty(0)), grads
@@ -386,16 +541,16 @@ class ForwardSteps:
     ``project`` theirs. Whoever changes them there, in place, changes what the next step normalises with.
 
     Args:
-        x: The input, float32 or float64 on the CPU, not empty; one value per channel is allowed.
+        x: The input, in a dtype of the device's kernels, not empty; one value per channel is allowed.
         layer: A gradual layer in training mode.
     """
 
     def __init__(self, x: Tensor, layer: StackedLayer) -> None:
         """Check and allocate everything; arguments as the class says."""
         self._x, self._parameters, self._call = _step_call(x, layer, 0)
-        self._workspace = _workspace(self._call.sizes(False)[1])
+        self._workspace = _workspace(self._call.workspaces(False)[0], x)
         self._y = _empty_like(self._x)
-        self._statistics = x.new_empty((2, layer.segments, self._call.shape.rows))
+        self._statistics = x.new_empty((2, layer.segments, self._call.shape.rows), dtype=_wide(x.dtype))
 
     @property
     def y(self) -> Tensor:
@@ -409,7 +564,7 @@ class ForwardSteps:
 
     def step(self, name: str, segment: int = 0, unit: int = 0) -> None:
         """Run one step on the whole batch."""
-        _core.forward(
+        self._call.backend.core.forward(
             self._call.shape,
             self._call.options,
             self._call.name,
@@ -452,10 +607,10 @@ class BackwardSteps:
         self._x, self._parameters, self._call = _step_call(x, layer, count, **others)
         self._grad_y, self._y = grad_y.detach().resolve_neg(), y.detach().resolve_neg()
         self._statistics = statistics.detach().resolve_neg().contiguous()
-        self._workspace = _workspace(self._call.sizes(False)[2])
+        self._workspace = _workspace(self._call.workspaces(False)[1], x)
         self._grad_x = _empty_like(self._x)
         self._grads = [torch.empty_like(p) for p in self._parameters]
-        self._sums = torch.zeros((2, layer.segments, self._call.shape.rows), dtype=torch.float64)
+        self._sums = torch.zeros((2, layer.segments, self._call.shape.rows), dtype=torch.float64, device=x.device)
 
     @property
     def grad_x(self) -> Tensor:
@@ -474,7 +629,7 @@ class BackwardSteps:
 
     def step(self, name: str, segment: int = 0, unit: int = 0) -> None:
         """Run one step on the whole batch."""
-        _core.backward(
+        self._call.backend.core.backward(
             self._call.shape,
             self._call.options,
             self._call.name,
@@ -502,10 +657,11 @@ def _step_call(
     x: Tensor, layer: StackedLayer, count: int, **others: tuple[Tensor, Sequence[int]]
 ) -> tuple[Tensor, list[Tensor], _Call]:
     """Check everything a pass in steps is given; returns input and parameters as the core takes them."""
-    if x.dtype not in KERNEL_DTYPES or x.device.type != "cpu" or x.numel() == 0:
+    found = _backend_of(x.device)
+    if x.dtype not in found.dtypes or x.numel() == 0:
         raise ValueError(
-            f"steps of a layer run on the CPU kernels: expected a non-empty float32 or float64 CPU tensor, got "
-            f"{tuple(x.shape)} {x.dtype} on {x.device}."
+            f"steps of a layer run on the kernels: expected a non-empty tensor, {', '.join(found.dtypes.values())} on "
+            f"{x.device.type}, got {tuple(x.shape)} {x.dtype}."
         )
     if not layer.gradual or not layer.uses_batch_statistics():
         raise ValueError(
@@ -513,12 +669,12 @@ def _step_call(
             f"others; got gradual={layer.gradual}, batch norms in {'training' if layer.training else 'evaluation'} "
             "mode. Call train() and freeze_batch_norm(False), or run the layer as a whole."
         )
-    parameters = [tensor.detach().resolve_neg().contiguous() for tensor in parameter_list(layer)]
-    _check_operands(x, parameters, layer.segments, layer.expansion, layer.num_units, layer.shortcut, **others)
-    shape = _layer_shape(x.shape, layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual)
-    threads = _threads(x, layer.expansion)
-    options = _core.Options(shape, batch_statistics=True, eps=layer.eps, threads=threads, count=count, stepwise=True)
-    return x.detach().resolve_neg(), parameters, _Call(shape, options, x.dtype)
+    parameters = [tensor.detach().resolve_neg() for tensor in parameter_list(layer)]
+    sizes = (layer.segments, layer.expansion, layer.num_units, layer.shortcut)
+    _check_operands(x, parameters, *sizes, **others)
+    options = {"batch_statistics": True, "eps": layer.eps, "count": count, "stepwise": True}
+    call = _call(x, *sizes, layer.residual, found.allows_tensor_float(), **options)
+    return x.detach().resolve_neg(), _wide_parameters(parameters, x.dtype), call
 
 
 # --- Autograd ------------------------------------------------------------------------------------------------------
@@ -535,11 +691,11 @@ class _GunnFunction(torch.autograd.Function):
         statistics: Tensor,
         saved: Tensor | None,
         static: tuple[Any, ...],
-        training: bool,
+        mode: tuple[bool, bool],
         *parameters: Tensor,
     ) -> Tensor:
         ctx.static = static
-        ctx.training = training
+        ctx.training, ctx.tensor_float = mode
         ctx.save_for_backward(x, y, statistics, saved, *parameters)
         return y
 
@@ -548,8 +704,9 @@ class _GunnFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, y, statistics, saved, *parameters = ctx.saved_tensors
         need_input, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        needs = (need_input, any(need_parameters))
         grad_x, grads = layer_backward(
-            grad_y, x, y, parameters, statistics, saved, *ctx.static, ctx.training, need_input, any(need_parameters)
+            grad_y, x, y, parameters, statistics, saved, *ctx.static, ctx.training, *needs, ctx.tensor_float
         )
         wanted = [
             grad if needed else None
@@ -607,8 +764,8 @@ def _update_running_statistics(layer: StackedLayer, statistics: Tensor, count: i
 def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     """Update the segments of ``x`` one after another on the fused kernels (Qiao et al. 2018, eq. 4-5).
 
-    float32 and float64 run on the CPU kernels; bfloat16 and float16 run on the reference for want of kernels, which
-    is logged once.
+    Every dtype runs on the CUDA kernels, float32 and float64 on the CPU's; bfloat16 and float16 on the CPU run on the
+    reference for want of kernels, which is logged once.
 
     Args:
         x: Feature map ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides; checked by the layer. Not
@@ -620,11 +777,12 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
         not be changed in place.
 
     Raises:
-        RuntimeError: No kernel serves the device.
+        RuntimeError: No kernel serves the device, or none was built for this GPU.
         NotImplementedError: Forward-mode differentiation.
     """
-    _check_served(x.device)
-    if x.dtype not in KERNEL_DTYPES:
+    found = _backend_of(x.device)
+    found.check(x.device)
+    if x.dtype not in found.dtypes:
         _tell_once(
             f"{x.dtype} on {x.device.type}",
             f"gunn_ext: no {x.device.type} kernels for {x.dtype}; the reference implementation serves, slowly.",
@@ -632,13 +790,15 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
         return reference_layer(x, layer)
     parameters = parameter_list(layer)
     training = layer.uses_batch_statistics()
-    given = None if training else _running_statistics(layer, x.dtype)
+    given = None if training else _running_statistics(layer, _wide(x.dtype))
     static = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual, layer.eps)
+    # Asked once: a backward that recomputes must do so as the forward computed.
+    tensor_float = x.dtype == torch.float32 and found.allows_tensor_float()
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     keep = needs_grad and not layer.recompute
     _refuse_forward_mode((x, *parameters))
     with torch.no_grad():
-        y, batch_statistics, saved = layer_forward(x, parameters, given, *static, keep)
+        y, batch_statistics, saved = layer_forward(x, parameters, given, *static, keep, tensor_float)
     if training:
         # Before autograd saves anything: activation checkpointing may stop a second forward right after that, and
         # the running statistics shall count it as those of ordinary batch norms do.
@@ -646,7 +806,7 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     if not needs_grad:
         return y
     statistics = batch_statistics if given is None else given
-    return _GunnFunction.apply(x, y, statistics, saved if keep else None, static, training, *parameters)
+    return _GunnFunction.apply(x, y, statistics, saved if keep else None, static, (training, tensor_float), *parameters)
 
 
 def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:

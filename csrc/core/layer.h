@@ -32,9 +32,20 @@ struct Options {
   double eps;
   int64_t count;  // values per channel behind the statistics; batch*height*width unless several processes share them
   int threads;
-  bool need_input;       // backward: write the gradient of the input
-  bool need_parameters;  // backward: write the gradients of the parameters
-  bool stepwise;         // driven step by step: every image stays in the workspace between calls
+  bool need_input;            // backward: write the gradient of the input
+  bool need_parameters;       // backward: write the gradients of the parameters
+  bool stepwise;              // driven step by step: every image stays in the workspace between calls
+  int device = -1;            // of the GPU whose kernels run; -1: the CPU's
+  void* stream = nullptr;     // a cudaStream_t of that device
+  bool tensor_float = false;  // a GPU may multiply float32 with 10 bits of mantissa (TF32)
+};
+
+// 16-bit storage, as bits: bfloat16 and IEEE half.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
 };
 
 // A feature map (B, C, H, W) of any strides, in elements.
@@ -53,25 +64,26 @@ struct UnitTensors {
   Pointer project, project_weight, project_bias;     // (P, s, k), (P, s), (P, s)
 };
 
-template <class Scalar>
+// Feature maps are stored as Scalar; parameters, statistics and gradients of parameters are Wide: float32 at least.
+template <class Scalar, class Wide = Scalar>
 struct ForwardTensors {
   FeatureMap<const Scalar> x;
   FeatureMap<Scalar> y;
-  const UnitTensors<const Scalar*>* units;
-  Scalar* statistics;  // (2, P, rows): mean and biased variance; written with batch statistics, else only read
-  Scalar* saved;       // pre-activations for the backward, (P, B, rows, pixels), or null: recompute them
+  const UnitTensors<const Wide*>* units;
+  Wide* statistics;  // (2, P, rows): mean and biased variance; written with batch statistics, else only read
+  Scalar* saved;  // pre-activations for the backward, P·B·rows·pixels in the backend's order, or null: recompute them
   std::byte* workspace;
 };
 
-template <class Scalar>
+template <class Scalar, class Wide = Scalar>
 struct BackwardTensors {
   FeatureMap<const Scalar> grad_y, x, y;
   FeatureMap<Scalar> grad_x;
-  const UnitTensors<const Scalar*>* units;
-  const UnitTensors<Scalar*>* grads;
-  const Scalar* statistics;  // as the forward left them
-  double* sums;              // (2, P, rows): sum of d and of d*(z - mean) at every BN output; steps only, else null
-  const Scalar* saved;       // from the forward, or null
+  const UnitTensors<const Wide*>* units;
+  const UnitTensors<Wide*>* grads;
+  const Wide* statistics;  // as the forward left them
+  double* sums;            // (2, P, rows): sum of d and of d*(z - mean) at every BN output; steps only, else null
+  const Scalar* saved;     // from the forward, or null
   std::byte* workspace;
 };
 
@@ -85,16 +97,16 @@ struct Sizes {
   int64_t forward_workspace, backward_workspace;  // bytes
 };
 
-// One backend at one instruction set and dtype. Whole passes run in one parallel region; steps one each.
-template <class Scalar>
+// One backend at one instruction set and dtype.
+template <class Scalar, class Wide = Scalar>
 struct Kernels {
   Sizes (*sizes)(const LayerShape&, const Options&, bool keep);
-  void (*forward)(const LayerShape&, const Options&, const ForwardTensors<Scalar>&);
-  void (*forward_step)(const LayerShape&, const Options&, const ForwardTensors<Scalar>&, Forward, int64_t segment,
+  void (*forward)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&);
+  void (*forward_step)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&, Forward, int64_t segment,
                        int64_t unit);
-  void (*backward)(const LayerShape&, const Options&, const BackwardTensors<Scalar>&);
-  void (*backward_step)(const LayerShape&, const Options&, const BackwardTensors<Scalar>&, Backward, int64_t segment,
-                        int64_t unit);
+  void (*backward)(const LayerShape&, const Options&, const BackwardTensors<Scalar, Wide>&);
+  void (*backward_step)(const LayerShape&, const Options&, const BackwardTensors<Scalar, Wide>&, Backward,
+                        int64_t segment, int64_t unit);
 };
 
 }  // namespace gunn

@@ -12,36 +12,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/arena.h"
 #include "core/layer.h"
 #include "cpu/simd.h"
 
 namespace gunn {
 namespace {
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-
-// Hands out pieces of the caller's workspace; with no workspace it only counts the bytes.
-class Arena {
- public:
-  explicit Arena(std::byte* base) : base_(base) {
-    const auto address = reinterpret_cast<uintptr_t>(base);
-    offset_ = base ? static_cast<int64_t>(round_up(address, kAlignment) - address) : kAlignment;
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + offset_) : nullptr;
-    offset_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
-    return piece;
-  }
-  int64_t bytes() const { return offset_; }
-
- private:
-  static constexpr int64_t kAlignment = 64;
-  std::byte* base_;
-  int64_t offset_;
-};
 
 template <class Scalar>
 struct Geometry {

@@ -391,13 +391,6 @@ void copy_async_wait() {
 
 // ---- 16-bit storage
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 #ifdef __CUDACC__
 
 GUNN_DEVICE float to_float(BFloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
