@@ -26,7 +26,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         Plain strings, numbers, booleans and None. ``simd`` is the instruction set chosen on this machine (set
-        GUNN_SIMD to force one); ``cuda_driver`` and ``cuda_devices`` are torch's view of the GPU.
+        GUNN_SIMD to force one); ``cuda_architectures`` and ``cuda_toolkit`` are those of the build; ``cuda_driver``
+        and ``cuda_devices`` are torch's view of the GPU.
     """
     core = ops.core_info()
     cuda = torch.cuda.is_available()
@@ -39,6 +40,8 @@ def info() -> dict[str, Any]:
         "backends": ["cpu", *(["cuda"] if core["cuda"] else [])],
         "cuda_kernels": core["cuda"],
         "cuda_kernels_missing": None if core["cuda"] else core["cuda_reason"],
+        "cuda_architectures": core["cuda_architectures"] or None,
+        "cuda_toolkit": core["cuda_toolkit"] or None,
         "simd": core["simd"],
         "openmp": core["openmp"],
         "threads": torch.get_num_threads(),

@@ -71,6 +71,12 @@ class CpuBackend:
         return False
 
 
+@torch.compiler.assume_constant_result
+def _convolutions_may_use_tensor_float() -> bool:
+    # A compiled model keeps what the switch said when it was compiled: dynamo cannot trace the switch itself.
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
 class CudaBackend:
     """The CUDA kernels of ``core``: on the tensor's GPU, in torch's current stream there."""
 
@@ -105,7 +111,7 @@ class CudaBackend:
 
     def allows_tensor_float(self) -> bool:
         """Whether torch's switches let convolutions of float32 run as TF32."""
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return _convolutions_may_use_tensor_float()
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
@@ -373,8 +379,7 @@ def layer_forward(
         used = x.new_empty(_statistics_shape(x, *sizes), dtype=_wide(x.dtype))
     saved = x.new_empty(_saved_shape(x, *sizes) if keep else (0,))
     if x.numel():
-        options = {"batch_statistics": batch_statistics, "eps": eps}
-        call = _call(x, *sizes, residual, tensor_float, **options)
+        call = _call(x, *sizes, residual, tensor_float, batch_statistics=batch_statistics, eps=eps)
         contiguous = _wide_parameters(parameters, x.dtype)
         used = used.contiguous()
         workspace = _workspace(call.workspaces(keep)[0], x)
@@ -670,10 +675,10 @@ def _step_call(
             "mode. Call train() and freeze_batch_norm(False), or run the layer as a whole."
         )
     parameters = [tensor.detach().resolve_neg() for tensor in parameter_list(layer)]
-    sizes = (layer.segments, layer.expansion, layer.num_units, layer.shortcut)
-    _check_operands(x, parameters, *sizes, **others)
-    options = {"batch_statistics": True, "eps": layer.eps, "count": count, "stepwise": True}
-    call = _call(x, *sizes, layer.residual, found.allows_tensor_float(), **options)
+    _check_operands(x, parameters, layer.segments, layer.expansion, layer.num_units, layer.shortcut, **others)
+    sizes = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual)
+    options: dict[str, Any] = {"batch_statistics": True, "eps": layer.eps, "count": count, "stepwise": True}
+    call = _call(x, *sizes, found.allows_tensor_float(), **options)
     return x.detach().resolve_neg(), _wide_parameters(parameters, x.dtype), call
 
 

@@ -31,6 +31,13 @@ class StagedPass {
   using Units = UnitTensors<const Wide*>;
 
   StagedPass(const LayerShape& shape, const Options& options) : shape_(shape), options_(options) {
+    // Single sizes are 32-bit on the device, offsets 64-bit.
+    constexpr int64_t kMost = INT32_MAX;
+    require(shape.batch <= kMost && shape.height * shape.width <= kMost && shape.channels <= kMost &&
+                9 * shape.hidden() <= kMost && shape.rows() <= kMost && shape.segments <= kMost,
+            "the CUDA kernels take sizes below 2^31: batch ", shape.batch, ", pixels of an image ",
+            shape.height * shape.width, ", channels ", shape.channels, ", hidden channels ", shape.hidden(), ".");
+    static_assert(sizeof(Pool<Precision>) <= 48 * 1024, "more shared memory has to be asked for");
     Extents& e = view_.extents;
     e.pixels = shape.batch * shape.height * shape.width;
     e.height = static_cast<int>(shape.height), e.width = static_cast<int>(shape.width);
@@ -336,6 +343,7 @@ class StagedBackward : StagedPass<Precision> {
   StagedBackward(const LayerShape& shape, const Options& options) : Pass(shape, options) {}
 
   static constexpr int64_t kLeastBudget = int64_t{32} << 20;  // bytes
+  static constexpr int64_t kMostSegments = 65535;             // of one launch: its grid's depth
   static constexpr int64_t kLeastRange = 1024;                // pixels of one partial sum of weights
   static constexpr int64_t kMostRanges = 64;
   static constexpr int64_t kMostPartials = int64_t{4} << 20;  // elements, of one segment
@@ -349,11 +357,11 @@ class StagedBackward : StagedPass<Precision> {
     const int64_t budget =
         std::max<int64_t>(kLeastBudget, shape.channels * e.pixels * static_cast<int64_t>(sizeof(Storage)));
     const int64_t each = rows * e.pixels * static_cast<int64_t>(sizeof(Storage));
-    block_ = this->options_.stepwise ? 1 : std::min(shape.segments, std::max<int64_t>(1, budget / each));
+    block_ = std::clamp<int64_t>(budget / each, 1, std::min(shape.segments, kMostSegments));
+    if (this->options_.stepwise) block_ = 1;
     this->view_.z = kept_ ? saved : arena.take<Storage>(block_ * e.pixels * e.rows);
     this->view_.d = arena.take<Storage>(block_ * e.pixels * e.gradient_rows);
     saved_ = saved;
-    d_ = this->view_.d;
     const bool in_place = std::is_same_v<Storage, Wide> && this->options_.need_input;
     if (!in_place) {
       const int64_t n = shape.channels;
@@ -495,7 +503,7 @@ class StagedBackward : StagedPass<Precision> {
   Tensors tensors_{};
   bool kept_ = false;
   int64_t block_ = 1;
-  Storage *saved_ = nullptr, *d_ = nullptr;
+  Storage* saved_ = nullptr;
   FeatureMap<Wide> g_{};
   Wide* partials_ = nullptr;
 };
