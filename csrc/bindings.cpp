@@ -127,11 +127,11 @@ auto with_kernels(const Options& options, const std::string& dtype, const Work& 
 #endif
 }
 
-std::tuple<int64_t, int64_t, int64_t> sizes(const LayerShape& shape, const Options& options, const std::string& dtype,
-                                            bool keep) {
-  return with_kernels(options, dtype, [&](const auto& kernels) -> std::tuple<int64_t, int64_t, int64_t> {
+std::tuple<int64_t, int64_t, int64_t, int64_t> sizes(const LayerShape& shape, const Options& options,
+                                                     const std::string& dtype, bool keep) {
+  return with_kernels(options, dtype, [&](const auto& kernels) -> std::tuple<int64_t, int64_t, int64_t, int64_t> {
     const Sizes sizes = kernels.sizes(shape, options, keep);
-    return {sizes.pixels, sizes.forward_workspace, sizes.backward_workspace};
+    return {sizes.rows, sizes.pixels, sizes.forward_workspace, sizes.backward_workspace};
   });
 }
 

@@ -209,7 +209,7 @@ class _Call:
 
     def workspaces(self, keep: bool) -> tuple[int, int]:
         """Bytes that a forward and a backward need."""
-        return self.backend.core.sizes(self.shape, self.options, self.name, keep)[1:]
+        return self.backend.core.sizes(self.shape, self.options, self.name, keep)[2:]
 
 
 def _layer_shape(
@@ -259,8 +259,8 @@ def _saved_shape(x: Tensor, segments: int, expansion: int, units: int, shortcut:
     found = _backend_of(x.device)
     shape = _layer_shape(found.core, (1, *x.shape[1:]), segments, expansion, units, shortcut, True)
     options = found.core.Options(shape, batch_statistics=False, eps=1.0, threads=1, **found.device_options)
-    pixels = found.core.sizes(shape, options, found.dtypes[x.dtype], True)[0]
-    return segments, x.shape[0], shape.rows, pixels
+    rows, pixels, *_ = found.core.sizes(shape, options, found.dtypes[x.dtype], True)
+    return segments, x.shape[0], rows, pixels
 
 
 def _check_operands(

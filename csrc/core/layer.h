@@ -71,7 +71,7 @@ struct ForwardTensors {
   FeatureMap<Scalar> y;
   const UnitTensors<const Wide*>* units;
   Wide* statistics;  // (2, P, rows): mean and biased variance; written with batch statistics, else only read
-  Scalar* saved;  // pre-activations for the backward, P·B·rows·pixels in the backend's order, or null: recompute them
+  Scalar* saved;     // pre-activations for the backward (Sizes), or null: recompute them
   std::byte* workspace;
 };
 
@@ -93,7 +93,7 @@ enum class Forward { begin, reduce /*exchange*/, spatial /*exchange*/, project /
 enum class Backward { begin, project /*exchange*/, spatial /*exchange*/, reduce /*exchange*/, input, finish };
 
 struct Sizes {
-  int64_t pixels;                                 // of one channel's image as the kernels lay it out
+  int64_t rows, pixels;  // of one image's saved pre-activations: (P, B, rows, pixels), in the backend's own order
   int64_t forward_workspace, backward_workspace;  // bytes
 };
 

@@ -23,7 +23,7 @@ void in_parallel(int threads, const Work& work) {
 
 template <class Scalar>
 Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
-  return {Geometry<Scalar>(shape).pixels, ForwardPass<Scalar>::workspace_bytes(shape, options, keep),
+  return {shape.rows(), Geometry<Scalar>(shape).pixels, ForwardPass<Scalar>::workspace_bytes(shape, options, keep),
           BackwardPass<Scalar>::workspace_bytes(shape, options, keep)};
 }
 

@@ -24,198 +24,170 @@ namespace gunn {
 template <class Wide>
 struct SumsOut {
   Exchange exchange;
-  StageNorms<Wide*> gradients;  // of the batch norm's weight and bias; null where not wanted
-  double *sum, *product;        // (P, rows), or null
-  bool batch_statistics;        // so that gradients flow through them
+  StageNorms<Wide*> gradients;  // of the batch norm's weight and bias
+  double *sum, *product;        // (rows) of the segment, or null
+  bool need_gradients;
+  bool batch_statistics;  // so that gradients flow through them
   double count;
 };
 
-// From the tile's pair of the thread's column to table and gradients. `row` is the column's in the segment's tables.
+// From the tile's pair of the thread's column to table and gradients; `z_row` is the column's.
 template <class Precision>
 GUNN_DEVICE void publish_sums(Pool<Precision>& pool, const View<Precision>& view, const Share& share, int segment,
-                              int row, int first_column, Pair mine, const SumsOut<typename Precision::Wide>& out) {
+                              int z_row, int first_column, Pair mine, const SumsOut<typename Precision::Wide>& out) {
   using Wide = typename Precision::Wide;
   Pair sums = add_halves(pool, share, mine);
   if (!climb<Sums>(pool, out.exchange, share, first_column, view.extents.pixels, &sums)) return;
   if (share.half != 0 || !share.active) return;
-  const int64_t at = static_cast<int64_t>(segment) * view.extents.rows + row;
-  const Affine<Wide> affine = view.affine[at];
+  const auto norm = out.gradients.at(first_column + share.column);
+  if (!norm.real) return;
+  const int64_t at = view.in_tables(segment, z_row);
   if (out.sum != nullptr) {
-    out.sum[at] = sums.a;
-    out.product[at] = sums.b;
+    out.sum[norm.row] = sums.a;
+    out.product[norm.row] = sums.b;
   }
-  if (out.batch_statistics) view.slopes[at] = make_slope(affine, sums.a, sums.b, out.count);
-  if (out.gradients.first.weight != nullptr) {
-    const auto gradient = out.gradients.at(first_column + share.column);
-    *gradient.weight = static_cast<Wide>(sums.b * affine.inverse);
-    *gradient.bias = static_cast<Wide>(sums.a);
+  if (out.batch_statistics) set_slope(view.tables, at, sums.a, sums.b, out.count);
+  if (out.need_gradients) {
+    *norm.weight = static_cast<Wide>(sums.b * view.tables.inverse[at]);
+    *norm.bias = static_cast<Wide>(sums.a);
   }
 }
 
-// Gradient of a unit's output. Columns [0, s) belong to the project's batch norm, [s, 2s) to the shortcut's: the same
-// d, another z. From g where the unit is the last one, else as input_backward left it.
+// Gradient of a unit's output. Columns [0, s) belong to the project's batch norm, those behind to the shortcut's: the
+// same d, another z. From g where the unit is the last one, else as input_backward left it.
 template <class Precision>
-__global__ void __launch_bounds__(kThreads)
-    unit_gradient(View<Precision> view, FeatureMap<const typename Precision::Wide> g, int segment, int unit,
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    unit_gradient(View<Precision> view, const typename Precision::Wide* g, int64_t g_step, int segment, int unit,
                   SumsOut<typename Precision::Wide> out) {
   using Wide = typename Precision::Wide;
   using Storage = typename Precision::Storage;
   Pool<Precision>& pool = open_pool(view);
   __syncthreads();
   const Extents& extents = view.extents;
-  const int s = extents.segment;
-  const Columns columns(extents.projects(unit) ? 2 * s : s);
-  const Share share(columns.count);
-  const int column = columns.first + share.column, j = column < s ? column : column - s;
+  const int s = extents.s(), first_column = blockIdx.y * kColumns;
+  const Share share(min(extents.projects(unit) ? 2 * s : s, first_column + kColumns) - first_column);
+  const int column = first_column + share.column, j = column < s ? column : column - s;
   const bool from_g = unit == extents.units - 1;
-  const int row = column < s ? extents.row(Norm::project, unit) + j : extents.row(Norm::shortcut, unit) + j;
-  const Storage* z = view.z_of(segment) + pool.window.first * extents.rows + row;
-  Storage* d =
-      view.d_of(segment) + pool.window.first * extents.gradient_rows + extents.gradient_row(Norm::project, unit) + j;
-  const Wide* from = g.data + (static_cast<int64_t>(segment) * s + j) * g.channel;
+  const int row = extents.z_row(column < s ? Norm::project : Norm::shortcut, unit) + j;
+  const int64_t z_step = extents.z_rows(), d_step = extents.d_rows(), first = pool.window.first;
+  const Storage* z = view.z_of(segment) + first * z_step + row;
+  Storage* d = view.d_of(segment) + first * d_step + extents.d_row(Norm::project, unit) + j;
+  const Wide* from = g + first * g_step + static_cast<int64_t>(segment) * extents.segment + j;
   Wide sum = 0, product = 0;
   if (share.active) {
-    const Wide mean = view.affine_of(segment, row)->mean;
+    const Wide mean = view.tables.mean[view.in_tables(segment, row)];
     for (int m = share.half; m < pool.window.count; m += 2) {
       Storage gradient;
       if (from_g) {
-        gradient = from_float<Storage>(from[offset(g, pool.window, m)]);
-        if (column < s) d[m * static_cast<int64_t>(extents.gradient_rows)] = gradient;
+        gradient = from_float<Storage>(j < extents.segment ? from[m * g_step] : 0);
+        if (column < s) d[m * d_step] = gradient;
       } else {
-        gradient = d[m * static_cast<int64_t>(extents.gradient_rows)];
+        gradient = d[m * d_step];
       }
       sum += to_float(gradient);
-      product += to_float(gradient) * (to_float(z[m * static_cast<int64_t>(extents.rows)]) - mean);
+      product += to_float(gradient) * (to_float(z[m * z_step]) - mean);
     }
   }
   if (out.exchange.partials == nullptr) return;
-  publish_sums(pool, view, share, segment, row, columns.first, {static_cast<double>(sum), static_cast<double>(product)},
+  publish_sums(pool, view, share, segment, row, first_column, {static_cast<double>(sum), static_cast<double>(product)},
                out);
 }
 
 // The finished tile through the ReLU behind batch norm `norm`, into d; and its sums.
 template <class Precision>
 GUNN_DEVICE void write_gradients(Pool<Precision>& pool, const View<Precision>& view, int segment, int unit, Norm norm,
-                                 const Columns& columns, const SumsOut<typename Precision::Wide>& out) {
+                                 int first_column, int columns, const SumsOut<typename Precision::Wide>& out) {
   using Wide = typename Precision::Wide;
   using Storage = typename Precision::Storage;
-  const Share share(columns.count);
+  const Share share(columns);
   const Extents& extents = view.extents;
-  const int channel = columns.first + share.column;
-  const int64_t rows = extents.rows, gradient_rows = extents.gradient_rows;
+  const int column = first_column + share.column, z_row = extents.z_row(norm, unit) + column;
+  const int64_t z_step = extents.z_rows(), d_step = extents.d_rows();
   Wide sum = 0, product = 0;
   if (share.active) {
-    const Affine<Wide> affine = *view.affine_of(segment, extents.row(norm, unit) + channel);
-    const Storage* z = view.z_of(segment) + pool.window.first * rows + extents.row(norm, unit) + channel;
-    Storage* d = view.d_of(segment) + pool.window.first * gradient_rows + extents.gradient_row(norm, unit) + channel;
+    const int64_t at = view.in_tables(segment, z_row);
+    const Wide scale = view.tables.scale[at], shift = view.tables.shift[at], mean = view.tables.mean[at];
+    const Storage* z = view.z_of(segment) + pool.window.first * z_step + z_row;
+    Storage* d = view.d_of(segment) + pool.window.first * d_step + extents.d_row(norm, unit) + column;
     for (int m = share.half; m < pool.window.count; m += 2) {
-      const Wide pre_activation = to_float(z[m * rows]);
-      const bool stopped = pre_activation * affine.scale + affine.shift <= 0;
+      const Wide pre_activation = to_float(z[m * z_step]);
+      const bool stopped = pre_activation * scale + shift <= 0;
       const Storage gradient =
           from_float<Storage>(stopped ? 0 : pool.tile.out[m * Pool<Precision>::kOutStride + share.column]);
-      d[m * gradient_rows] = gradient;
+      d[m * d_step] = gradient;
       sum += to_float(gradient);
-      product += to_float(gradient) * (pre_activation - affine.mean);
+      product += to_float(gradient) * (pre_activation - mean);
     }
   }
   if (out.exchange.partials == nullptr) return;
-  publish_sums(pool, view, share, segment, extents.row(norm, unit) + channel, columns.first,
+  publish_sums(pool, view, share, segment, z_row, first_column,
                {static_cast<double>(sum), static_cast<double>(product)}, out);
 }
 
-template <class Precision>
-__global__ void __launch_bounds__(kThreads)
-    project_backward(View<Precision> view, int segment, int unit, const typename Precision::Wide* weight,
-                     SumsOut<typename Precision::Wide> out) {
-  using Source = GradientOfInput<Precision, Norm::project>;
-  using Wide = typename Precision::Wide;
+template <class Precision, class Source>
+GUNN_DEVICE void hidden_backward(const View<Precision>& view, int segment, int unit, Pack pack, Norm norm,
+                                 const typename Precision::Element* packed,
+                                 const SumsOut<typename Precision::Wide>& out) {
   Pool<Precision>& pool = open_pool(view);
-  const int k = view.extents.hidden, s = view.extents.segment;
-  const Columns columns(k);
+  const int column = blockIdx.y * kColumns;
+  const PackShape shape = pack_shape(view.extents, pack, unit);
+  const PackedTile<Precision> weights(shape, packed, segment, column);
   const Source source(view, pool.window, segment, unit);
-  const Matrix<Wide, true> weights{
-      weight + static_cast<int64_t>(segment) * s * k, nullptr, s, k, columns.first, columns.count};
   Product<Precision> product;
-  accumulate(pool, product, PixelsByChannels<Source>(source), weights, s, columns.count);
+  multiply_pixels(pool, product, source, shape, weights);
   leave(pool, product);
-  write_gradients(pool, view, segment, unit, Norm::spatial, columns, out);
+  write_gradients(pool, view, segment, unit, norm, column, weights.rows, out);
 }
 
 template <class Precision>
-__global__ void __launch_bounds__(kThreads)
-    spatial_backward(View<Precision> view, int segment, int unit, const typename Precision::Wide* weight,
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    project_backward(View<Precision> view, int segment, int unit, const typename Precision::Element* packed,
+                     SumsOut<typename Precision::Wide> out) {
+  using Source = GradientOfInput<Precision, Norm::project>;
+  hidden_backward<Precision, Source>(view, segment, unit, Pack::project_transposed, Norm::spatial, packed, out);
+}
+
+template <class Precision>
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    spatial_backward(View<Precision> view, int segment, int unit, const typename Precision::Element* packed,
                      SumsOut<typename Precision::Wide> out) {
   using Source = GradientOfInput<Precision, Norm::spatial, 9>;
-  Pool<Precision>& pool = open_pool(view);
-  const int k = view.extents.hidden;
-  const Columns columns(k);
-  const Source source(view, pool.window, segment, unit);
-  const Kernel3x3<typename Precision::Wide, true> weights{weight + static_cast<int64_t>(segment) * k * k * 9, k,
-                                                          columns.first, columns.count};
-  Product<Precision> product;
-  accumulate(pool, product, PixelsByChannels<Source>(source), weights, static_cast<int64_t>(9) * k, columns.count);
-  leave(pool, product);
-  write_gradients(pool, view, segment, unit, Norm::reduce, columns, out);
+  hidden_backward<Precision, Source>(view, segment, unit, Pack::spatial_transposed, Norm::reduce, packed, out);
 }
 
 // Unit 0 adds to g, whose segment is replaced where the layer does; a later unit leaves d3 of the one before.
 template <class Precision>
-__global__ void __launch_bounds__(kThreads)
-    input_backward(View<Precision> view, FeatureMap<typename Precision::Wide> g, int segment, int unit,
-                   const typename Precision::Wide* weight, const typename Precision::Wide* shortcut) {
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    input_backward(View<Precision> view, typename Precision::Wide* g, int64_t g_step, int segment, int unit,
+                   const typename Precision::Element* packed) {
   using Source = GradientOfInput<Precision, Norm::reduce>;
   using Wide = typename Precision::Wide;
   using Storage = typename Precision::Storage;
   Pool<Precision>& pool = open_pool(view);
   const Extents& extents = view.extents;
-  const int k = extents.hidden, s = extents.segment, n = extents.inputs(unit);
-  const Columns columns(n);
+  const int first = blockIdx.y * kColumns;
+  const PackShape shape = pack_shape(extents, Pack::reduce_transposed, unit);
+  const PackedTile<Precision> weights(shape, packed, segment, first);
   const Source source(view, pool.window, segment, unit);
-  const Matrix<Wide, true> weights{weight + static_cast<int64_t>(segment) * k * n,
-                                   shortcut ? shortcut + static_cast<int64_t>(segment) * s * n : nullptr,
-                                   k,
-                                   n,
-                                   columns.first,
-                                   columns.count};
   Product<Precision> product;
-  accumulate(pool, product, PixelsByChannels<Source>(source), weights, extents.reduce_rows(unit), columns.count);
+  multiply_pixels(pool, product, source, shape, weights);
   leave(pool, product);
 
-  const PixelWindow& window = pool.window;
-  const bool pixels_fast = unit == 0 && g.column < g.channel;
-  const int total = columns.count * window.count;
+  const int columns = weights.rows, total = columns * pool.window.count;
+  const int64_t d_step = extents.d_rows();
   for (int e = threadIdx.x; e < total; e += kThreads) {
-    const int m = pixels_fast ? e % window.count : e / columns.count;
-    const int column = pixels_fast ? e / window.count : e % columns.count;
-    const int channel = columns.first + column;
+    const int m = e / columns, column = e % columns, channel = first + column;
     const Wide value = pool.tile.out[m * Pool<Precision>::kOutStride + column];
+    const int64_t pixel = pool.window.first + m;
     if (unit == 0) {
-      Wide* to = g.data + offset(g, window, m) + channel * g.channel;
-      const bool replaced = !extents.residual && channel / s == segment;
-      *to = replaced ? value : *to + value;
+      Wide* to = g + pixel * g_step + channel;
+      const bool replaced = !extents.residual && channel / extents.segment == segment;
+      if (channel < extents.channels) *to = replaced ? value : *to + value;
     } else {
-      Storage* d = view.d_of(segment) + (window.first + m) * extents.gradient_rows + channel;
-      const Wide own = to_float(d[extents.gradient_row(Norm::project, unit)]);
-      d[extents.gradient_row(Norm::project, unit - 1)] = from_float<Storage>(own + value);
+      Storage* d = view.d_of(segment) + pixel * d_step + channel;
+      const Wide own = to_float(d[extents.d_row(Norm::project, unit)]);
+      d[extents.d_row(Norm::project, unit - 1)] = from_float<Storage>(own + value);
     }
-  }
-}
-
-// to = from, in another dtype or layout.
-template <class Precision, class From, class To>
-__global__ void __launch_bounds__(kThreads) copy_map(Extents extents, FeatureMap<const From> from, FeatureMap<To> to) {
-  GUNN_SHARED(PixelWindow, windows, [1]);
-  PixelWindow& window = windows[0];
-  set_window(window, extents, static_cast<int64_t>(blockIdx.x) * kRows, extents.pixels);
-  __syncthreads();
-  const Columns columns(extents.channels);
-  const bool pixels_fast = from.column < from.channel;
-  const int total = columns.count * window.count;
-  for (int e = threadIdx.x; e < total; e += kThreads) {
-    const int m = pixels_fast ? e % window.count : e / columns.count;
-    const int64_t channel = columns.first + (pixels_fast ? e / window.count : e % columns.count);
-    to.data[offset(to, window, m) + channel * to.channel] =
-        from_float<To>(to_float(from.data[offset(from, window, m) + channel * from.channel]));
   }
 }
 
@@ -223,13 +195,24 @@ __global__ void __launch_bounds__(kThreads) copy_map(Extents extents, FeatureMap
 
 enum class Which { reduce, spatial, project };
 
+// Rows x width of the gradient, padded like the channels they stand for.
+struct GradientShape {
+  int rows, width;
+};
+__host__ GUNN_DEVICE GradientShape gradient_shape(const Extents& extents, Which which, int unit) {
+  if (which == Which::reduce) return {extents.reduce_columns(unit), padded(extents.inputs(unit))};
+  if (which == Which::spatial) return {extents.k(), 9 * extents.k()};
+  return {extents.s(), extents.k()};
+}
+
 // Owns:      block (tile of weight rows x tile of weight columns, range of pixels, segment).
 // Barriers:  three a chunk of pixels: the window moves with it.
 // Leaves:    partial sums of its range; sum_partials adds the ranges in order.
-// Costs:     2*pixels*rows*columns FLOPs; reads rows + columns values a pixel once for each tile of the other.
+// Costs:     2*pixels*rows*width FLOPs; reads rows + width values a pixel once for each tile of the other.
 template <class Precision, Which which, bool first_unit>
-__global__ void __launch_bounds__(kThreads) weight_gradient(View<Precision> view, int first_segment, int unit,
-                                                            int64_t range, typename Precision::Wide* partials) {
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    weight_gradient(View<Precision> view, int first_segment, int unit, int64_t range,
+                    typename Precision::Wide* partials) {
   using Rows = std::conditional_t<which == Which::reduce, GradientOfInput<Precision, Norm::reduce>,
                                   std::conditional_t<which == Which::spatial, GradientOfInput<Precision, Norm::spatial>,
                                                      GradientOfInput<Precision, Norm::project>>>;
@@ -239,51 +222,67 @@ __global__ void __launch_bounds__(kThreads) weight_gradient(View<Precision> view
   GUNN_DYNAMIC_SHARED(Pool<Precision>, shared);
   Pool<Precision>& pool = *shared;
   const Extents& extents = view.extents;
-  const int i = first_segment + blockIdx.z, k = extents.hidden;
-  const int rows = which == Which::reduce ? extents.reduce_rows(unit) : which == Which::spatial ? k : extents.segment;
-  const int width = which == Which::reduce ? extents.inputs(unit) : which == Which::spatial ? 9 * k : k;
-  const int across = (width + kColumns - 1) / kColumns;
+  const int i = first_segment + blockIdx.z;
+  const GradientShape shape = gradient_shape(extents, which, unit);
+  const int across = (shape.width + kColumns - 1) / kColumns;
   const int row = blockIdx.x / across * kRows, column = blockIdx.x % across * kColumns;
-  const int columns = min(width - column, kColumns);
   const int64_t begin = blockIdx.y * range, end = min(begin + range, extents.pixels);
-  const Rows row_source(view, pool.window, i, unit);
-  const Inputs input_source(view, pool.window, i, unit);
-  const ChannelsByPixels<Rows> a(row_source, row, min(rows - row, kRows));
-  const ChannelsByPixels<Inputs> b(input_source, column, columns);
+  const Rows rows(view, pool.window, i, unit);
+  const Inputs inputs(view, pool.window, i, unit);
+  const int mine = channel_of_thread<Precision>();
+  const bool in_rows = row + mine < shape.rows, in_columns = column + mine < shape.width;
+  typename Rows::Column row_column{};
+  typename Inputs::Column input_column{};
+  if (in_rows) row_column = rows.column(row + mine);
+  if (in_columns) input_column = inputs.column(column + mine);
   Product<Precision> product;
   for (int64_t first = begin; first < end; first += Pool<Precision>::kDepth) {
     __syncthreads();  // the chunk before has been multiplied, its window is free
     set_window(pool.window, extents, first, min(first + Pool<Precision>::kDepth, end));
-    accumulate(pool, product, a, b, Pool<Precision>::kDepth, columns);
+    __syncthreads();
+    stage_channels<Precision>(pool.tile.operands.a, rows, row_column, in_rows, pool.window.count);
+    stage_channels<Precision>(pool.tile.operands.b, inputs, input_column, in_columns, pool.window.count);
+    __syncthreads();
+    product.template multiply<Layout::by_depth>(pool.tile.operands, min(shape.width - column, kColumns));
   }
-  typename Precision::Wide* to = partials + (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * rows * width;
+  typename Precision::Wide* to = partials + (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) *
+                                                static_cast<int64_t>(shape.rows) * shape.width;
   product.visit([&](int m, int n, typename Precision::Wide value) {
-    if (row + m < rows && n < columns) to[static_cast<int64_t>(row + m) * width + column + n] = value;
+    if (row + m < shape.rows && column + n < shape.width) {
+      to[static_cast<int64_t>(row + m) * shape.width + column + n] = value;
+    }
   });
 }
 
-// Where the sum of all ranges goes: rows from `split` on to the shortcut's gradient; 3x3 weights from tap-major order.
+// Where the sum of all ranges goes, without padding: `lower` takes the shortcut's rows; 3x3 weights have been
+// tap-major.
 template <class Wide>
 struct WeightGradients {
-  Wide *upper, *lower;  // (P, …)
-  int rows, width, split, taps;
+  Wide *upper, *lower;                // (P, …)
+  int upper_rows, lower_rows, width;  // as parameters: width is channels * taps
+  int lower_from;                     // padded row of the first lower one
+  int taps;
 };
 
 template <class Wide>
-__global__ void sum_partials(const Wide* partials, int64_t ranges, int first_segment, int segments,
+__global__ void sum_partials(const Wide* partials, int64_t ranges, int first_segment, int segments, GradientShape shape,
                              WeightGradients<Wide> to) {
-  const int64_t size = static_cast<int64_t>(to.rows) * to.width;
+  const int64_t rows = to.upper_rows + to.lower_rows, size = rows * to.width;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, slot = at / size;
   if (slot >= segments) return;
-  const int64_t in_segment = at - slot * size;
+  const int64_t row = at % size / to.width, place = at % to.width, segment = first_segment + slot;
+  const bool upper = row < to.upper_rows;
+  const int64_t channel = place / to.taps, tap = place % to.taps;
+  const int64_t column = tap * (shape.width / to.taps) + channel;
+  const int64_t padded_row = upper ? row : to.lower_from + row - to.upper_rows;
+  const int64_t step = static_cast<int64_t>(shape.rows) * shape.width;
+  const Wide* from = partials + slot * ranges * step + padded_row * shape.width + column;
   Wide sum = 0;
-  for (int64_t r = 0; r < ranges; ++r) sum += partials[(slot * ranges + r) * size + in_segment];
-  const int64_t row = in_segment / to.width, column = in_segment % to.width, segment = first_segment + slot;
-  const int64_t channels = to.width / to.taps, place = column % channels * to.taps + column / channels;
-  if (row < to.split) {
-    to.upper[(segment * to.split + row) * to.width + place] = sum;
+  for (int64_t r = 0; r < ranges; ++r) sum += from[r * step];
+  if (upper) {
+    to.upper[(segment * to.upper_rows + row) * to.width + place] = sum;
   } else {
-    to.lower[(segment * (to.rows - to.split) + row - to.split) * to.width + place] = sum;
+    to.lower[(segment * to.lower_rows + row - to.upper_rows) * to.width + place] = sum;
   }
 }
 

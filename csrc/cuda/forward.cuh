@@ -19,18 +19,29 @@
 
 namespace gunn {
 
-// The batch norms behind one stage: channels [0, split) belong to `first`, those behind to `second` (the shortcut's).
+// The batch norms behind one stage's columns: one, and the shortcut's behind the reduce's padded channels.
 template <class Pointer>
 struct StageNorms {
   struct One {
     Pointer weight, bias;  // of the segment
+    int channels, row;     // in statistics
   };
   One first, second;
-  int split;
+  int split;  // columns of the first
 
-  GUNN_DEVICE One at(int channel) const {
-    return channel < split ? One{first.weight + channel, first.bias + channel}
-                           : One{second.weight + (channel - split), second.bias + (channel - split)};
+  // What a column stands for.
+  struct Channel {
+    Pointer weight, bias;
+    int row;
+    bool real;
+  };
+  GUNN_DEVICE Channel at(int column) const {
+    const bool behind = column >= split;
+    const One& norm = behind ? second : first;
+    const int channel = behind ? column - split : column;
+    const bool real = channel < norm.channels;
+    if (!real || norm.weight == nullptr) return {nullptr, nullptr, norm.row + channel, real};
+    return {norm.weight + channel, norm.bias + channel, norm.row + channel, true};
   }
 };
 
@@ -39,7 +50,7 @@ template <class Wide>
 struct StatisticsOut {
   Exchange exchange;
   StageNorms<const Wide*> norms;
-  Wide *mean, *var;  // (P, rows)
+  Wide *mean, *var;  // (rows), of the segment
   double eps;
 };
 
@@ -52,7 +63,7 @@ GUNN_DEVICE void write_pre_activations(Pool<Precision>& pool, const View<Precisi
   using Storage = typename Precision::Storage;
   constexpr int S = Pool<Precision>::kOutStride;
   const Share share(columns);
-  const int64_t stride = view.extents.rows;
+  const int64_t stride = view.extents.z_rows();
   const int count = pool.window.count;
   Storage* z = view.z_of(segment) + pool.window.first * stride + row + first_column + share.column;
   Wide* tile = pool.tile.out + share.column;
@@ -80,15 +91,15 @@ GUNN_DEVICE void write_pre_activations(Pool<Precision>& pool, const View<Precisi
   Pair moments{static_cast<double>(mean) + missed.b / count, missed.a - missed.b * (missed.b / count)};
   if (!climb<Moments>(pool, out.exchange, share, first_column, view.extents.pixels, &moments)) return;
   if (share.half != 0 || !share.active) return;
-  const int channel = first_column + share.column;
+  const auto norm = out.norms.at(first_column + share.column);
+  if (!norm.real) return;
   const Wide whole_mean = static_cast<Wide>(moments.a);
   // Rounding may go below 0; NaN passes.
   const Wide var = static_cast<Wide>(moments.b < 0 ? 0 : moments.b / static_cast<double>(view.extents.pixels));
-  const auto norm = out.norms.at(channel);
-  const int64_t at = static_cast<int64_t>(segment) * view.extents.rows + row + channel;
-  out.mean[at] = whole_mean;
-  out.var[at] = var;
-  view.affine[at] = make_affine(whole_mean, var, *norm.weight, *norm.bias, out.eps);
+  out.mean[norm.row] = whole_mean;
+  out.var[norm.row] = var;
+  set_affine(view.tables, view.in_tables(segment, row + first_column + share.column), whole_mean, var, *norm.weight,
+             *norm.bias, out.eps);
 }
 
 // What all kernels of tiles begin with: the pool, and the window of the block's pixels.
@@ -99,90 +110,66 @@ GUNN_DEVICE Pool<Precision>& open_pool(const View<Precision>& view) {
   return *pool;
 }
 
-// The tile's columns of `total`.
-struct Columns {
-  int first, count;
-  GUNN_DEVICE explicit Columns(int total) : first(blockIdx.y * kColumns), count(min(total - first, kColumns)) {}
-};
+// One stage of segments first_segment + blockIdx.z.
+template <class Precision, class Source>
+GUNN_DEVICE void forward_stage(const View<Precision>& view, int first_segment, int unit, Pack pack, Norm norm,
+                               const typename Precision::Element* packed,
+                               const StatisticsOut<typename Precision::Wide>& out) {
+  Pool<Precision>& pool = open_pool(view);
+  const int i = first_segment + blockIdx.z, column = blockIdx.y * kColumns;
+  const PackShape shape = pack_shape(view.extents, pack, unit);
+  const PackedTile<Precision> weights(shape, packed, i, column);
+  const Source source(view, pool.window, i, unit);
+  Product<Precision> product;
+  multiply_pixels(pool, product, source, shape, weights);
+  leave(pool, product);
+  write_pre_activations(pool, view, i, view.extents.z_row(norm, unit), column, weights.rows, out);
+}
 
 template <class Precision, class Source>
-__global__ void __launch_bounds__(kThreads)
-    reduce(View<Precision> view, int first_segment, int unit, const typename Precision::Wide* weight,
-           const typename Precision::Wide* shortcut, StatisticsOut<typename Precision::Wide> out) {
-  using Wide = typename Precision::Wide;
-  Pool<Precision>& pool = open_pool(view);
-  const Extents& extents = view.extents;
-  const int i = first_segment + blockIdx.z, n = extents.inputs(unit), k = extents.hidden, s = extents.segment;
-  const Columns columns(extents.reduce_rows(unit));
-  const Source source(view, pool.window, i, unit);
-  const Matrix<Wide, false> weights{weight + static_cast<int64_t>(i) * k * n,
-                                    shortcut ? shortcut + static_cast<int64_t>(i) * s * n : nullptr,
-                                    k,
-                                    n,
-                                    columns.first,
-                                    columns.count};
-  Product<Precision> product;
-  accumulate(pool, product, PixelsByChannels<Source>(source), weights, n, columns.count);
-  leave(pool, product);
-  write_pre_activations(pool, view, i, extents.row(Norm::reduce, unit), columns.first, columns.count, out);
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    reduce(View<Precision> view, int first_segment, int unit, const typename Precision::Element* packed,
+           StatisticsOut<typename Precision::Wide> out) {
+  forward_stage<Precision, Source>(view, first_segment, unit, Pack::reduce, Norm::reduce, packed, out);
 }
 
 template <class Precision>
-__global__ void __launch_bounds__(kThreads)
-    spatial(View<Precision> view, int first_segment, int unit, const typename Precision::Wide* weight,
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    spatial(View<Precision> view, int first_segment, int unit, const typename Precision::Element* packed,
             StatisticsOut<typename Precision::Wide> out) {
   using Source = Activated<Precision, 9>;
-  Pool<Precision>& pool = open_pool(view);
-  const Extents& extents = view.extents;
-  const int i = first_segment + blockIdx.z, k = extents.hidden;
-  const Columns columns(k);
-  const Source source(view, pool.window, i, unit);
-  const Kernel3x3<typename Precision::Wide, false> weights{weight + static_cast<int64_t>(i) * k * k * 9, k,
-                                                           columns.first, columns.count};
-  Product<Precision> product;
-  accumulate(pool, product, PixelsByChannels<Source>(source), weights, static_cast<int64_t>(9) * k, columns.count);
-  leave(pool, product);
-  write_pre_activations(pool, view, i, extents.row(Norm::spatial, unit), columns.first, columns.count, out);
+  forward_stage<Precision, Source>(view, first_segment, unit, Pack::spatial, Norm::spatial, packed, out);
 }
 
 template <class Precision>
-__global__ void __launch_bounds__(kThreads)
-    project(View<Precision> view, int first_segment, int unit, const typename Precision::Wide* weight,
+__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+    project(View<Precision> view, int first_segment, int unit, const typename Precision::Element* packed,
             StatisticsOut<typename Precision::Wide> out) {
   using Source = Activated<Precision, 1>;
-  using Wide = typename Precision::Wide;
-  Pool<Precision>& pool = open_pool(view);
-  const Extents& extents = view.extents;
-  const int i = first_segment + blockIdx.z, k = extents.hidden, s = extents.segment;
-  const Columns columns(s);
-  const Source source(view, pool.window, i, unit);
-  const Matrix<Wide, false> weights{
-      weight + static_cast<int64_t>(i) * s * k, nullptr, s, k, columns.first, columns.count};
-  Product<Precision> product;
-  accumulate(pool, product, PixelsByChannels<Source>(source), weights, k, columns.count);
-  leave(pool, product);
-  write_pre_activations(pool, view, i, extents.row(Norm::project, unit), columns.first, columns.count, out);
+  forward_stage<Precision, Source>(view, first_segment, unit, Pack::project, Norm::project, packed, out);
 }
 
-// y[c_i] = [x[c_i] +] the last unit's output; x is untouched, so column tiles do not disturb each other.
+// y[c_i] = [x[c_i] +] the last unit's output, pixel-major, and in `to` where y is laid out differently.
 template <class Precision>
-__global__ void __launch_bounds__(kThreads)
-    write_back(View<Precision> view, FeatureMap<typename Precision::Storage> y, int segment) {
+__global__ void __launch_bounds__(kThreads) write_back(View<Precision> view, typename Precision::Storage* y,
+                                                       FeatureMap<typename Precision::Storage> to, int segment) {
   using Wide = typename Precision::Wide;
+  using Storage = typename Precision::Storage;
   GUNN_SHARED(PixelWindow, windows, [1]);
   PixelWindow& window = windows[0];
   const Extents& extents = view.extents;
   set_window(window, extents, static_cast<int64_t>(blockIdx.x) * kRows, extents.pixels);
   __syncthreads();
-  const Columns columns(extents.segment);
-  const int total = columns.count * window.count;
+  const int first = blockIdx.y * kColumns, columns = min(extents.segment - first, kColumns);
+  const int total = columns * window.count;
   for (int e = threadIdx.x; e < total; e += kThreads) {
-    const int m = view.pixels_fast ? e % window.count : e / columns.count;
-    const int j = columns.first + (view.pixels_fast ? e / window.count : e % columns.count);
-    const int64_t channel = static_cast<int64_t>(segment) * extents.segment + j;
-    Wide value = unit_output(view, segment, extents.units - 1, window.first + m, j);
-    if (extents.residual) value += to_float(view.x.data[offset(view.x, window, m) + channel * view.x.channel]);
-    y.data[offset(y, window, m) + channel * y.channel] = from_float<typename Precision::Storage>(value);
+    const int m = e / columns, j = first + e % columns;
+    const int64_t channel = static_cast<int64_t>(segment) * extents.segment + j, pixel = window.first + m;
+    Wide value = unit_output(view, segment, extents.units - 1, pixel, j);
+    if (extents.residual) value += to_float(view.x[pixel * view.x_step + channel]);
+    const Storage stored = from_float<Storage>(value);
+    y[pixel * view.y_step + channel] = stored;
+    if (to.data != nullptr) to.data[offset(to, window, m) + channel * to.channel] = stored;
   }
 }
 

@@ -12,6 +12,7 @@
 //   load_acquire, store_release, load_relaxed, store_relaxed,
 //   add_acquire_release                                        how threads of different blocks speak to each other
 //   copy_async<bytes>(shared, global, valid), copy_async_commit(), copy_async_wait<pending>()
+//   load_matrices<transposed>(registers, row)                  four 8 x 8 matrices of 16-bit values as fragments
 //   mma<BFloat16>, mma<Float16>, mma_tf32                      tensor cores, all lanes of a warp together
 //   BFloat16, Float16, to_float, from_float<Scalar>            16-bit storage
 //   check_initialised(pointer, count)                          in the emulator: fails if an element was never written
@@ -446,7 +447,26 @@ GUNN_DEVICE Scalar from_float(Wide value) {
 //   b[r]  column g, register row t + 4·r                        of B (16 x 8 or 8 x 8)
 //   c[i]  row g + 8·(i / 2), column 2·t + i % 2                 of C (16 x 8)
 
+// load_matrices: lane 8·j + i has the address, in shared memory and a multiple of 16, of row i of matrix j, 8 values of
+// 16 bits; r[j] becomes row g, columns 2·t and 2·t + 1 of matrix j, transposed rows 2·t and 2·t + 1, column g.
+
 #ifdef __CUDACC__
+
+template <bool transposed>
+GUNN_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+  }
+}
 
 #define GUNN_MMA(shape, types)                                                        \
   asm volatile("mma.sync.aligned." shape ".row.col.f32." types                        \
@@ -473,6 +493,23 @@ template <class T>
 GUNN_DEVICE void check_initialised(const T*, size_t) {}
 
 #else
+
+// The rows are read here, where sanitizers see it.
+template <bool transposed>
+void load_matrices(uint32_t (&r)[4], const void* row, emulator::Site site = emulator::Site::here()) {
+  const unsigned g = emulator::lane() / 4, t = emulator::lane() % 4;
+  const unsigned first = transposed ? 2 * t : g, every = 0x18100800u;
+  const emulator::Pointers rows = emulator::gather("ldmatrix", row, every + first * 0x01010101u, site);
+  const auto values = [](const void* from) { return static_cast<const uint16_t*>(from); };
+  if (transposed) {
+    const emulator::Pointers next = emulator::gather("ldmatrix", row, every + (first + 1) * 0x01010101u, site);
+    for (int j = 0; j < 4; ++j) r[j] = values(rows.of[j])[g] | static_cast<uint32_t>(values(next.of[j])[g]) << 16;
+  } else {
+    for (int j = 0; j < 4; ++j) {
+      r[j] = values(rows.of[j])[2 * t] | static_cast<uint32_t>(values(rows.of[j])[2 * t + 1]) << 16;
+    }
+  }
+}
 
 template <class Scalar>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Site site = emulator::Site::here()) {

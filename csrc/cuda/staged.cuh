@@ -11,31 +11,36 @@
 //         weights     2 · 3·M launches for the block
 //
 // A block's pre-activations and gradients cost about as much memory as x (kLeastBudget where x is small), whatever P
-// is.
+// is. Weights are packed once a pass. A state that is not pixel-major, in eights of channels, is copied into that form.
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "core/arena.h"
 #include "cuda/backward.cuh"
+#include "cuda/state.cuh"
 
 namespace gunn {
 
-// What both passes hold: geometry, launches, tables, the exchange.
+// What both passes hold: geometry, launches, tables, the exchange, packed weights.
 template <class Precision>
 class StagedPass {
  protected:
   using Storage = typename Precision::Storage;
   using Wide = typename Precision::Wide;
+  using Element = typename Precision::Element;
   using Units = UnitTensors<const Wide*>;
 
   StagedPass(const LayerShape& shape, const Options& options) : shape_(shape), options_(options) {
     // Single sizes are 32-bit on the device, offsets 64-bit.
-    constexpr int64_t kMost = INT32_MAX;
+    constexpr int64_t kMost = INT32_MAX / 2, kMostSegments = 65535;  // a grid's second and third size
+    require(shape.segments <= kMostSegments, "the CUDA kernels take at most ", kMostSegments, " segments, got ",
+            shape.segments, ".");
     require(shape.batch <= kMost && shape.height * shape.width <= kMost && shape.channels <= kMost &&
-                9 * shape.hidden() <= kMost && shape.rows() <= kMost && shape.segments <= kMost,
-            "the CUDA kernels take sizes below 2^31: batch ", shape.batch, ", pixels of an image ",
+                10 * (shape.hidden() + 8) <= kMost && shape.rows() + 32 * shape.units <= kMost,
+            "the CUDA kernels take sizes below 2^30: batch ", shape.batch, ", pixels of an image ",
             shape.height * shape.width, ", channels ", shape.channels, ", hidden channels ", shape.hidden(), ".");
     static_assert(sizeof(Pool<Precision>) <= 48 * 1024, "more shared memory has to be asked for");
     Extents& e = view_.extents;
@@ -43,32 +48,40 @@ class StagedPass {
     e.height = static_cast<int>(shape.height), e.width = static_cast<int>(shape.width);
     e.channels = static_cast<int>(shape.channels), e.segment = static_cast<int>(shape.segment());
     e.hidden = static_cast<int>(shape.hidden()), e.segments = static_cast<int>(shape.segments);
-    e.units = static_cast<int>(shape.units), e.rows = static_cast<int>(shape.rows());
-    e.gradient_rows = static_cast<int>(shape.units * (2 * shape.hidden() + shape.segment()));
+    e.units = static_cast<int>(shape.units);
     e.shortcut = shape.shortcut, e.residual = shape.residual;
     exchange_.tiles = tiles();
     exchange_.groups = Exchange::count_groups(tiles());
   }
 
-  // Tables and the exchange's memory, for stages of at most `columns` columns.
-  void take(Arena& arena, int64_t columns) {
-    const int64_t table = shape_.segments * shape_.rows();
-    view_.affine = arena.take<Affine<Wide>>(table);
-    view_.slopes = arena.take<Slope<Wide>>(table);
-    counters_ = exchange_.groups * column_tiles(columns);
+  // Tables, packed weights, and the exchange's memory for stages of at most `columns` columns.
+  void take(Arena& arena, int64_t columns, const std::vector<Pack>& packs) {
+    const Extents& e = view_.extents;
+    const int64_t table = static_cast<int64_t>(e.segments) * e.z_rows();
+    for (Wide** each : {&view_.tables.mean, &view_.tables.scale, &view_.tables.shift, &view_.tables.inverse,
+                        &view_.tables.a, &view_.tables.b, &view_.tables.c}) {
+      *each = arena.take<Wide>(table);
+    }
+    counters_ = exchange_.groups * tiles_of(columns);
     exchange_.partials = arena.take<Pair>(std::max<int64_t>(1, Exchange::count_entries(tiles())) * columns);
     exchange_.counters = arena.take<unsigned>(counters_);
+    packs_ = packs;
+    packed_.clear();
+    for (int m = 0; m < e.units; ++m) {
+      for (const Pack pack : packs_) {
+        packed_.push_back(arena.take<Element>(e.segments * pack_shape(e, pack, m).template size<Precision>()));
+      }
+    }
   }
+  // A pixel-major copy of a map, or nothing where the map is pixel-major.
+  template <class Scalar>
+  Scalar* take_copy(Arena& arena, bool needed) const {
+    return needed ? arena.take<Scalar>(view_.extents.pixels * pixel_step()) : nullptr;
+  }
+  int64_t pixel_step() const { return padded(view_.extents.channels); }
 
   int64_t tiles() const { return (view_.extents.pixels + kRows - 1) / kRows; }
-  static int64_t column_tiles(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
-  int64_t reduce_rows(int64_t unit) const { return shape_.hidden() + (shape_.projects(unit) ? shape_.segment() : 0); }
-
-  template <class Maps>
-  void set_maps(const Maps& x, const Maps& y) {
-    view_.x = x, view_.y = y;
-    view_.pixels_fast = x.column < x.channel;
-  }
+  static int64_t tiles_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 
   Exchange exchange(int64_t columns) const {
     Exchange exchange = exchange_;
@@ -76,35 +89,49 @@ class StagedPass {
     return exchange;
   }
 
-  // One thread for each of `count` things.
-  Launch by_element(const char* name, int64_t count) const {
-    return {name, dim3(static_cast<unsigned>((count + 127) / 128)), dim3(128), 0, stream(), &shape_};
+  // One thread for each of `count` things, `segments` times.
+  Launch by_element(const char* name, int64_t count, int64_t segments = 1) const {
+    return {name,      dim3(static_cast<unsigned>((count + 127) / 128), static_cast<unsigned>(segments)),
+            dim3(128), 0,
+            stream(),  &shape_};
   }
   // Pixels x columns x segments in tiles.
   Launch by_tile(const char* name, int64_t columns, int64_t segments = 1, bool pool = true) const {
-    const dim3 grid(static_cast<unsigned>(tiles()), static_cast<unsigned>(column_tiles(columns)),
+    const dim3 grid(static_cast<unsigned>(tiles()), static_cast<unsigned>(tiles_of(columns)),
                     static_cast<unsigned>(segments));
     return {name, grid, dim3(kThreads), pool ? sizeof(Pool<Precision>) : 0, stream(), &shape_};
   }
   Stream stream() const { return {options_.device, options_.stream}; }
 
+  template <class From, class To>
+  void copy(const FeatureMap<From>& from, const FeatureMap<To>& to, int64_t channels) const {
+    const FeatureMap<const From> source{from.data, from.batch, from.channel, from.row, from.column};
+    launch(by_tile("copy_map", channels, 1, false), copy_map<std::remove_const_t<From>, To>, view_.extents,
+           FeatureMap<const std::remove_const_t<From>>(source), to, static_cast<int>(channels));
+  }
+
+  Element* packed(Pack pack, int64_t m) const {
+    const auto at = std::find(packs_.begin(), packs_.end(), pack) - packs_.begin();
+    return packed_[m * packs_.size() + at];
+  }
+  void pack(const Units* units) const {
+    const Extents& e = view_.extents;
+    for (int m = 0; m < e.units; ++m) {
+      for (const Pack pack : packs_) {
+        const bool spatial = pack == Pack::spatial || pack == Pack::spatial_transposed;
+        const bool reduce = pack == Pack::reduce || pack == Pack::reduce_transposed;
+        const Wide* weight = spatial ? units[m].spatial : reduce ? units[m].reduce : units[m].project;
+        const int64_t size = pack_shape(e, pack, m).template size<Precision>();
+        launch(by_element("pack_weights", size, e.segments), pack_weights<Precision>, e, pack, m, weight,
+               reduce ? units[m].shortcut : nullptr, packed(pack, m));
+      }
+    }
+  }
+
   void clear_counters() const {
     if (counters_ > 0) launch(by_element("clear", counters_), clear, exchange_.counters, counters_);
   }
 
-  RowRange range(Norm norm, int64_t unit) const {
-    const Extents& e = view_.extents;
-    const bool wide = norm == Norm::reduce || norm == Norm::spatial;
-    return {host_row(norm, unit), wide ? e.hidden : e.segment, e.rows, e.segments};
-  }
-  int host_row(Norm norm, int64_t unit) const {
-    const int64_t before = shape_.unit_row(unit);
-    const int64_t row = norm == Norm::reduce     ? before
-                        : norm == Norm::shortcut ? before + shape_.hidden()
-                        : norm == Norm::spatial  ? before + reduce_rows(unit)
-                                                 : before + reduce_rows(unit) + shape_.hidden();
-    return static_cast<int>(row);
-  }
   template <class Pointer>
   static std::pair<Pointer, Pointer> norm_tensors(const UnitTensors<Pointer>& unit, Norm norm) {
     switch (norm) {
@@ -118,53 +145,61 @@ class StagedPass {
         return {unit.project_weight, unit.project_bias};
     }
   }
-  // One segment's part of the batch norms behind a stage.
+  int channels_of(Norm norm) const {
+    return norm == Norm::reduce || norm == Norm::spatial ? view_.extents.hidden : view_.extents.segment;
+  }
+  // One segment's part of the batch norms behind a stage; `unit` null: their places only.
   template <class Pointer>
-  StageNorms<Pointer> stage_norms(const UnitTensors<Pointer>& unit, Norm norm, Norm behind, bool has_behind,
-                                  int64_t segment) const {
+  StageNorms<Pointer> stage_norms(const UnitTensors<Pointer>* unit, int64_t segment, int64_t m, Norm norm) const {
+    const Extents& e = view_.extents;
     const auto one = [&](Norm which) -> typename StageNorms<Pointer>::One {
-      const auto [weight, bias] = norm_tensors(unit, which);
-      if (weight == nullptr) return {nullptr, nullptr};
-      const int64_t channels = range(which, 0).channels;
-      return {weight + segment * channels, bias + segment * channels};
+      const int channels = channels_of(which), row = e.row(which, static_cast<int>(m));
+      if (unit == nullptr) return {nullptr, nullptr, channels, row};
+      const auto [weight, bias] = norm_tensors(*unit, which);
+      return {weight + segment * channels, bias + segment * channels, channels, row};
     };
-    StageNorms<Pointer> norms{one(norm), {nullptr, nullptr}, range(norm, 0).channels};
-    if (has_behind) norms.second = one(behind);
+    StageNorms<Pointer> norms{one(norm), {}, padded(channels_of(norm))};
+    const bool has_shortcut = norm == Norm::reduce || norm == Norm::project;
+    if (has_shortcut && e.projects(static_cast<int>(m))) norms.second = one(Norm::shortcut);
     return norms;
   }
 
   template <class Work>
   void for_each_norm(const Work& work) const {
-    for (int64_t m = 0; m < shape_.units; ++m) {
+    const Extents& e = view_.extents;
+    for (int m = 0; m < e.units; ++m) {
       for (const Norm norm : {Norm::reduce, Norm::shortcut, Norm::spatial, Norm::project}) {
-        if (norm != Norm::shortcut || shape_.projects(m)) work(norm, m);
+        if (norm == Norm::shortcut && !e.projects(m)) continue;
+        const int channels = channels_of(norm);
+        const NormRows rows{channels,         padded(channels), e.row(norm, m), static_cast<int>(shape_.rows()),
+                            e.z_row(norm, m), e.z_rows(),       e.segments};
+        work(norm, m, rows, static_cast<int64_t>(e.segments) * padded(channels));
       }
     }
   }
-  void set_affine_tables(const Units* units, const Wide* statistics) const {
-    for_each_norm([&](Norm norm, int64_t m) {
+  // `statistics` null: only zeros.
+  void fill_tables(const Units* units, const Wide* statistics) const {
+    const Wide* var = statistics ? statistics + shape_.segments * shape_.rows() : nullptr;
+    for_each_norm([&](Norm norm, int m, const NormRows& rows, int64_t count) {
       const auto [weight, bias] = norm_tensors(units[m], norm);
-      const RowRange rows = range(norm, m);
-      launch(by_element("set_affine", static_cast<int64_t>(rows.segments) * rows.channels), set_affine<Wide>, rows,
-             weight, bias, statistics, statistics + shape_.segments * shape_.rows(), view_.affine, options_.eps);
+      launch(by_element("make_tables", count), make_tables<Wide>, rows, weight, bias, statistics, var, view_.tables,
+             options_.eps);
     });
   }
 
   // Pre-activations of one stage in segments [first, first + count).
-  void launch_reduce(const Units& unit, int64_t first, int64_t count, int64_t m, const StatisticsOut<Wide>& out) const {
+  void launch_reduce(int64_t first, int64_t count, int64_t m, const StatisticsOut<Wide>& out) const {
     const auto kernel = m == 0 ? reduce<Precision, State<Precision>> : reduce<Precision, UnitInput<Precision>>;
-    launch(by_tile("reduce", reduce_rows(m), count), kernel, view_, static_cast<int>(first), static_cast<int>(m),
-           unit.reduce, unit.shortcut, out);
+    launch(by_tile("reduce", view_.extents.reduce_columns(static_cast<int>(m)), count), kernel, view_,
+           static_cast<int>(first), static_cast<int>(m), packed(Pack::reduce, m), out);
   }
-  void launch_spatial(const Units& unit, int64_t first, int64_t count, int64_t m,
-                      const StatisticsOut<Wide>& out) const {
-    launch(by_tile("spatial", shape_.hidden(), count), spatial<Precision>, view_, static_cast<int>(first),
-           static_cast<int>(m), unit.spatial, out);
+  void launch_spatial(int64_t first, int64_t count, int64_t m, const StatisticsOut<Wide>& out) const {
+    launch(by_tile("spatial", view_.extents.k(), count), spatial<Precision>, view_, static_cast<int>(first),
+           static_cast<int>(m), packed(Pack::spatial, m), out);
   }
-  void launch_project(const Units& unit, int64_t first, int64_t count, int64_t m,
-                      const StatisticsOut<Wide>& out) const {
-    launch(by_tile("project", shape_.segment(), count), project<Precision>, view_, static_cast<int>(first),
-           static_cast<int>(m), unit.project, out);
+  void launch_project(int64_t first, int64_t count, int64_t m, const StatisticsOut<Wide>& out) const {
+    launch(by_tile("project", view_.extents.s(), count), project<Precision>, view_, static_cast<int>(first),
+           static_cast<int>(m), packed(Pack::project, m), out);
   }
 
   const LayerShape& shape_;
@@ -172,6 +207,8 @@ class StagedPass {
   View<Precision> view_{};
   Exchange exchange_{};
   int64_t counters_ = 0;
+  std::vector<Pack> packs_;
+  std::vector<Element*> packed_;  // [unit][pack]
 };
 
 template <class Precision>
@@ -186,17 +223,20 @@ class StagedForward : StagedPass<Precision> {
   StagedForward(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : Pass(shape, options), tensors_(tensors) {
     Arena arena(tensors.workspace);
-    take(arena, tensors.saved);
-    const FeatureMap<Storage>& y = tensors.y;
-    this->set_maps(tensors.x, FeatureMap<const Storage>{y.data, y.batch, y.channel, y.row, y.column});
+    take(arena, tensors.saved, is_pixel_major(tensors.x, shape), is_pixel_major(tensors.y, shape));
   }
 
   static int64_t workspace_bytes(const LayerShape& shape, const Options& options, bool keep) {
     StagedForward pass(shape, options);
     Arena arena(nullptr);
     Storage pretend;
-    pass.take(arena, keep ? &pretend : nullptr);
+    pass.take(arena, keep ? &pretend : nullptr, false, false);
     return arena.bytes();
+  }
+
+  // Of one pixel and segment, as they are kept.
+  static int64_t saved_rows(const LayerShape& shape, const Options& options) {
+    return StagedForward(shape, options).view_.extents.z_rows();
   }
 
   void run() {
@@ -215,7 +255,7 @@ class StagedForward : StagedPass<Precision> {
   // needs them and comes with the next step.
   void step(Forward which, int64_t i, int64_t m) {
     if (which == Forward::begin) return begin();
-    this->set_affine_tables(tensors_.units, tensors_.statistics);
+    this->fill_tables(tensors_.units, tensors_.statistics);
     if (which == Forward::reduce) {
       if (m == 0 && i > 0) write_back_stage(i - 1);
       reduce_stage(i, m);
@@ -228,54 +268,62 @@ class StagedForward : StagedPass<Precision> {
  private:
   StagedForward(const LayerShape& shape, const Options& options) : Pass(shape, options) {}
 
-  void take(Arena& arena, Storage* saved) {
-    Pass::take(arena, this->shape_.hidden() + this->shape_.segment());
-    const int64_t size = this->view_.extents.pixels * this->shape_.rows();
+  void take(Arena& arena, Storage* saved, bool x_as_it_is, bool y_as_it_is) {
+    const Extents& e = this->view_.extents;
+    Pass::take(arena, e.reduce_columns(0), {Pack::reduce, Pack::spatial, Pack::project});
     slots_ = saved ? this->shape_.segments : 1;
-    this->view_.z = saved ? saved : arena.take<Storage>(size);
+    this->view_.z = saved ? saved : arena.take<Storage>(e.pixels * e.z_rows());
+    x_copy_ = this->template take_copy<Storage>(arena, !x_as_it_is);
+    y_copy_ = this->template take_copy<Storage>(arena, !y_as_it_is);
+    this->view_.x = x_copy_ ? x_copy_ : tensors_.x.data;
+    this->view_.y = y_copy_ ? y_copy_ : tensors_.y.data;
+    this->view_.x_step = this->view_.y_step = this->pixel_step();
   }
   // A single slot is every segment's.
   void use_slot_of(int64_t segment) { this->view_.first_segment = static_cast<int>(slots_ == 1 ? segment : 0); }
 
   void begin() const {
-    if (this->options_.batch_statistics) {
-      this->clear_counters();
-    } else {
-      this->set_affine_tables(tensors_.units, tensors_.statistics);
-    }
+    this->pack(tensors_.units);
+    this->fill_tables(tensors_.units, this->options_.batch_statistics ? nullptr : tensors_.statistics);
+    if (this->options_.batch_statistics) this->clear_counters();
+    if (x_copy_) this->copy(tensors_.x, pixel_major(x_copy_, this->shape_, this->pixel_step()), this->pixel_step());
   }
 
   StatisticsOut<Wide> statistics(int64_t i, int64_t m, Norm norm, int64_t columns) const {
     StatisticsOut<Wide> out{};
     if (!this->options_.batch_statistics) return out;
     out.exchange = this->exchange(columns);
-    out.norms =
-        this->stage_norms(tensors_.units[m], norm, Norm::shortcut, norm == Norm::reduce && this->shape_.projects(m), i);
-    out.mean = tensors_.statistics;
-    out.var = tensors_.statistics + this->shape_.segments * this->shape_.rows();
+    out.norms = this->stage_norms(&tensors_.units[m], i, m, norm);
+    // The project's shortcut was the reduce stage's.
+    out.mean = tensors_.statistics + i * this->shape_.rows();
+    out.var = out.mean + this->shape_.segments * this->shape_.rows();
     out.eps = this->options_.eps;
     return out;
   }
   void reduce_stage(int64_t i, int64_t m) {
     use_slot_of(i);
-    this->launch_reduce(tensors_.units[m], i, 1, m, statistics(i, m, Norm::reduce, this->reduce_rows(m)));
+    const int columns = this->view_.extents.reduce_columns(static_cast<int>(m));
+    this->launch_reduce(i, 1, m, statistics(i, m, Norm::reduce, columns));
   }
   void spatial_stage(int64_t i, int64_t m) {
     use_slot_of(i);
-    this->launch_spatial(tensors_.units[m], i, 1, m, statistics(i, m, Norm::spatial, this->shape_.hidden()));
+    this->launch_spatial(i, 1, m, statistics(i, m, Norm::spatial, this->view_.extents.k()));
   }
   void project_stage(int64_t i, int64_t m) {
     use_slot_of(i);
-    this->launch_project(tensors_.units[m], i, 1, m, statistics(i, m, Norm::project, this->shape_.segment()));
+    this->launch_project(i, 1, m, statistics(i, m, Norm::project, this->view_.extents.s()));
   }
   void write_back_stage(int64_t i) {
     use_slot_of(i);
-    launch(this->by_tile("write_back", this->shape_.segment(), 1, false), write_back<Precision>, this->view_,
-           tensors_.y, static_cast<int>(i));
+    Storage* y = y_copy_ ? y_copy_ : tensors_.y.data;
+    const FeatureMap<Storage> to = y_copy_ ? tensors_.y : FeatureMap<Storage>{};
+    launch(this->by_tile("write_back", this->shape_.segment(), 1, false), write_back<Precision>, this->view_, y, to,
+           static_cast<int>(i));
   }
 
   Tensors tensors_{};
   int64_t slots_ = 1;
+  Storage *x_copy_ = nullptr, *y_copy_ = nullptr;
 };
 
 template <class Precision>
@@ -289,20 +337,22 @@ class StagedBackward : StagedPass<Precision> {
  public:
   StagedBackward(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : Pass(shape, options), tensors_(tensors) {
+    bool g_in_place = false;
+    if constexpr (std::is_same_v<Storage, Wide>) {
+      g_in_place = options.need_input && is_pixel_major(tensors.grad_x, shape);
+      if (g_in_place) g_ = tensors.grad_x.data;
+    }
     Arena arena(tensors.workspace);
     // The saved pre-activations are only read; one buffer type serves both cases.
-    take(arena, const_cast<Storage*>(tensors.saved));
-    this->set_maps(tensors.x, tensors.y);
-    if constexpr (std::is_same_v<Storage, Wide>) {
-      if (options.need_input) g_ = tensors.grad_x;
-    }
+    take(arena, const_cast<Storage*>(tensors.saved), is_pixel_major(tensors.x, shape), is_pixel_major(tensors.y, shape),
+         g_in_place);
   }
 
   static int64_t workspace_bytes(const LayerShape& shape, const Options& options, bool kept) {
     StagedBackward pass(shape, options);
     Arena arena(nullptr);
     Storage pretend;
-    pass.take(arena, kept ? &pretend : nullptr);
+    pass.take(arena, kept ? &pretend : nullptr, false, false, false);
     return arena.bytes();
   }
 
@@ -329,7 +379,7 @@ class StagedBackward : StagedPass<Precision> {
     if (which == Backward::finish) return finish();
     if (which == Backward::project && m == this->shape_.units - 1) open_block(i, 1);
     use_block(i);
-    if (which != Backward::project) set_slope_tables();
+    if (which != Backward::project) fill_slopes();
     if (which == Backward::project) project_sums(i, m);
     if (which == Backward::spatial) spatial_sums(i, m);
     if (which == Backward::reduce) reduce_sums(i, m);
@@ -343,169 +393,162 @@ class StagedBackward : StagedPass<Precision> {
   StagedBackward(const LayerShape& shape, const Options& options) : Pass(shape, options) {}
 
   static constexpr int64_t kLeastBudget = int64_t{32} << 20;  // bytes
-  static constexpr int64_t kMostSegments = 65535;             // of one launch: its grid's depth
   static constexpr int64_t kLeastRange = 1024;                // pixels of one partial sum of weights
   static constexpr int64_t kMostRanges = 64;
   static constexpr int64_t kMostPartials = int64_t{4} << 20;  // elements, of one segment
 
-  void take(Arena& arena, Storage* saved) {
+  void take(Arena& arena, Storage* saved, bool x_as_it_is, bool y_as_it_is, bool g_in_place) {
     const LayerShape& shape = this->shape_;
     const Extents& e = this->view_.extents;
-    Pass::take(arena, std::max(shape.hidden() + shape.segment(), 2 * shape.segment()));
     kept_ = saved != nullptr;
-    const int64_t rows = (kept_ ? 0 : e.rows) + e.gradient_rows;
+    std::vector<Pack> packs{Pack::reduce_transposed, Pack::spatial_transposed, Pack::project_transposed};
+    if (!kept_) packs.insert(packs.end(), {Pack::reduce, Pack::spatial, Pack::project});
+    Pass::take(arena, std::max(e.reduce_columns(0), 2 * e.s()), packs);
+    const int64_t rows = (kept_ ? 0 : e.z_rows()) + e.d_rows();
     const int64_t budget =
         std::max<int64_t>(kLeastBudget, shape.channels * e.pixels * static_cast<int64_t>(sizeof(Storage)));
     const int64_t each = rows * e.pixels * static_cast<int64_t>(sizeof(Storage));
-    block_ = std::clamp<int64_t>(budget / each, 1, std::min(shape.segments, kMostSegments));
+    block_ = std::clamp<int64_t>(budget / each, 1, shape.segments);
     if (this->options_.stepwise) block_ = 1;
-    this->view_.z = kept_ ? saved : arena.take<Storage>(block_ * e.pixels * e.rows);
-    this->view_.d = arena.take<Storage>(block_ * e.pixels * e.gradient_rows);
+    this->view_.z = kept_ ? saved : arena.take<Storage>(block_ * e.pixels * e.z_rows());
+    this->view_.d = arena.take<Storage>(block_ * e.pixels * e.d_rows());
     saved_ = saved;
-    const bool in_place = std::is_same_v<Storage, Wide> && this->options_.need_input;
-    if (!in_place) {
-      const int64_t n = shape.channels;
-      g_ = {arena.take<Wide>(e.pixels * n), shape.height * shape.width * n, 1, shape.width * n, n};
-    }
+    x_copy_ = this->template take_copy<Storage>(arena, !x_as_it_is);
+    y_copy_ = this->template take_copy<Storage>(arena, !y_as_it_is);
+    this->view_.x = x_copy_ ? x_copy_ : tensors_.x.data;
+    this->view_.y = y_copy_ ? y_copy_ : tensors_.y.data;
+    this->view_.x_step = this->view_.y_step = this->pixel_step();
+    g_in_place_ = g_in_place;
+    if (!g_in_place) g_ = this->template take_copy<Wide>(arena, true);
     if (!this->options_.need_parameters) return;
     int64_t most = 0;
-    for (int64_t m = 0; m < shape.units; ++m) {
+    for (int m = 0; m < e.units; ++m) {
       for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
-        const auto [height, width] = weight_size(which, m);
-        most = std::max(most, ranges(height * width) * height * width);
+        const GradientShape size = gradient_shape(e, which, m);
+        most = std::max(most, ranges(size) * size.rows * size.width);
       }
     }
     partials_ = arena.take<Wide>(block_ * most);
   }
 
-  std::pair<int64_t, int64_t> weight_size(Which which, int64_t m) const {
-    const LayerShape& shape = this->shape_;
-    if (which == Which::reduce) return {this->reduce_rows(m), shape.inputs(m)};
-    if (which == Which::spatial) return {shape.hidden(), 9 * shape.hidden()};
-    return {shape.segment(), shape.hidden()};
-  }
-  int64_t ranges(int64_t size) const {
+  int64_t ranges(const GradientShape& shape) const {
     const int64_t wanted = std::min((this->view_.extents.pixels + kLeastRange - 1) / kLeastRange, kMostRanges);
-    return std::max<int64_t>(1, std::min(wanted, kMostPartials / size));
+    return std::max<int64_t>(1, std::min(wanted, kMostPartials / (static_cast<int64_t>(shape.rows) * shape.width)));
   }
+
+  FeatureMap<Wide> g_map() const { return pixel_major(g_, this->shape_, this->pixel_step()); }
 
   void begin() const {
-    const Extents& e = this->view_.extents;
+    this->pack(tensors_.units);
     this->clear_counters();
-    this->set_affine_tables(tensors_.units, tensors_.statistics);
-    if (!this->options_.batch_statistics) set_slope_tables();
-    launch(this->by_tile("copy_map", this->shape_.channels, 1, false), copy_map<Precision, Storage, Wide>, e,
-           tensors_.grad_y, g_);
+    this->fill_tables(tensors_.units, tensors_.statistics);
+    fill_slopes();
+    if (x_copy_) this->copy(tensors_.x, pixel_major(x_copy_, this->shape_, this->pixel_step()), this->pixel_step());
+    if (y_copy_) this->copy(tensors_.y, pixel_major(y_copy_, this->shape_, this->pixel_step()), this->pixel_step());
+    this->copy(tensors_.grad_y, g_map(), this->shape_.channels);
   }
   void finish() const {
-    if (std::is_same_v<Storage, Wide> || !this->options_.need_input) return;
-    const FeatureMap<const Wide> g{g_.data, g_.batch, g_.channel, g_.row, g_.column};
-    launch(this->by_tile("copy_map", this->shape_.channels, 1, false), copy_map<Precision, Wide, Storage>,
-           this->view_.extents, g, tensors_.grad_x);
+    if (this->options_.need_input && !g_in_place_) this->copy(g_map(), tensors_.grad_x, this->shape_.channels);
   }
 
-  void set_slope_tables() const {
+  void fill_slopes() const {
     const double* sums = this->options_.batch_statistics ? tensors_.sums : nullptr;
-    this->for_each_norm([&](Norm norm, int64_t m) {
-      const RowRange rows = this->range(norm, m);
-      const double* products = sums ? sums + this->shape_.segments * this->shape_.rows() : nullptr;
-      launch(this->by_element("set_slopes", static_cast<int64_t>(rows.segments) * rows.channels), set_slopes<Wide>,
-             rows, this->view_.affine, sums, products, static_cast<double>(this->options_.count), this->view_.slopes);
+    const double* products = sums ? sums + this->shape_.segments * this->shape_.rows() : nullptr;
+    this->for_each_norm([&](Norm, int, const NormRows& rows, int64_t count) {
+      launch(this->by_element("make_slopes", count), make_slopes<Wide>, rows, sums, products,
+             static_cast<double>(this->options_.count), this->view_.tables);
     });
   }
 
   void use_block(int64_t first) {
     const Extents& e = this->view_.extents;
     this->view_.first_segment = static_cast<int>(first);
-    if (kept_) this->view_.z = saved_ + first * e.pixels * e.rows;
+    if (kept_) this->view_.z = saved_ + first * e.pixels * e.z_rows();
   }
   void open_block(int64_t first, int64_t count) {
     use_block(first);
     if (kept_) return;
     for (int64_t m = 0; m < this->shape_.units; ++m) {
-      const Units& unit = tensors_.units[m];
-      this->launch_reduce(unit, first, count, m, {});
-      this->launch_spatial(unit, first, count, m, {});
-      this->launch_project(unit, first, count, m, {});
+      this->launch_reduce(first, count, m, {});
+      this->launch_spatial(first, count, m, {});
+      this->launch_project(first, count, m, {});
     }
   }
 
-  SumsOut<Wide> sums(int64_t i, int64_t m, Norm norm, Norm behind, bool has_behind, int64_t columns) const {
+  SumsOut<Wide> sums(int64_t i, int64_t m, Norm norm, int64_t columns) const {
     SumsOut<Wide> out{};
     if (!this->options_.batch_statistics && !this->options_.need_parameters) return out;
     out.exchange = this->exchange(columns);
-    if (this->options_.need_parameters) {
-      out.gradients = this->stage_norms(tensors_.grads[m], norm, behind, has_behind, i);
-    }
+    out.need_gradients = this->options_.need_parameters;
+    out.gradients = this->template stage_norms<Wide*>(out.need_gradients ? &tensors_.grads[m] : nullptr, i, m, norm);
     out.batch_statistics = this->options_.batch_statistics;
-    out.sum = tensors_.sums;
-    out.product = tensors_.sums ? tensors_.sums + this->shape_.segments * this->shape_.rows() : nullptr;
+    if (tensors_.sums) {
+      out.sum = tensors_.sums + i * this->shape_.rows();
+      out.product = out.sum + this->shape_.segments * this->shape_.rows();
+    }
     out.count = static_cast<double>(this->options_.count);
     return out;
   }
   void project_sums(int64_t i, int64_t m) const {
-    const bool projects = this->shape_.projects(m);
-    const int64_t columns = this->shape_.segment() * (projects ? 2 : 1);
-    const FeatureMap<const Wide> g{g_.data, g_.batch, g_.channel, g_.row, g_.column};
-    launch(this->by_tile("unit_gradient", columns), unit_gradient<Precision>, this->view_, g, static_cast<int>(i),
-           static_cast<int>(m), sums(i, m, Norm::project, Norm::shortcut, projects, columns));
+    const Extents& e = this->view_.extents;
+    const int64_t columns = e.s() * (e.projects(static_cast<int>(m)) ? 2 : 1);
+    launch(this->by_tile("unit_gradient", columns), unit_gradient<Precision>, this->view_, g_, this->pixel_step(),
+           static_cast<int>(i), static_cast<int>(m), sums(i, m, Norm::project, columns));
   }
   void spatial_sums(int64_t i, int64_t m) const {
-    launch(this->by_tile("project_backward", this->shape_.hidden()), project_backward<Precision>, this->view_,
-           static_cast<int>(i), static_cast<int>(m), tensors_.units[m].project,
-           sums(i, m, Norm::spatial, Norm::spatial, false, this->shape_.hidden()));
+    const int k = this->view_.extents.k();
+    launch(this->by_tile("project_backward", k), project_backward<Precision>, this->view_, static_cast<int>(i),
+           static_cast<int>(m), this->packed(Pack::project_transposed, m), sums(i, m, Norm::spatial, k));
   }
   // The shortcut's sums came with the project's.
   void reduce_sums(int64_t i, int64_t m) const {
-    launch(this->by_tile("spatial_backward", this->shape_.hidden()), spatial_backward<Precision>, this->view_,
-           static_cast<int>(i), static_cast<int>(m), tensors_.units[m].spatial,
-           sums(i, m, Norm::reduce, Norm::reduce, false, this->shape_.hidden()));
+    const int k = this->view_.extents.k();
+    launch(this->by_tile("spatial_backward", k), spatial_backward<Precision>, this->view_, static_cast<int>(i),
+           static_cast<int>(m), this->packed(Pack::spatial_transposed, m), sums(i, m, Norm::reduce, k));
   }
   void input(int64_t i, int64_t m) const {
     if (i == 0 && m == 0 && !this->options_.need_input) return;  // nobody will read it
-    const Units& unit = tensors_.units[m];
-    launch(this->by_tile("input_backward", this->shape_.inputs(m)), input_backward<Precision>, this->view_, g_,
-           static_cast<int>(i), static_cast<int>(m), unit.reduce, unit.shortcut);
+    launch(this->by_tile("input_backward", padded(this->view_.extents.inputs(static_cast<int>(m)))),
+           input_backward<Precision>, this->view_, g_, this->pixel_step(), static_cast<int>(i), static_cast<int>(m),
+           this->packed(Pack::reduce_transposed, m));
   }
 
   template <Which which, bool first_unit>
-  void launch_weights(int64_t first, int64_t count, int64_t m, WeightGradients<Wide> to) const {
-    const auto [rows, width] = weight_size(which, m);
-    const int64_t parts = ranges(rows * width), pixels = this->view_.extents.pixels;
+  void launch_weights(int64_t first, int64_t count, int64_t m, const WeightGradients<Wide>& to) const {
+    const GradientShape size = gradient_shape(this->view_.extents, which, static_cast<int>(m));
+    const int64_t parts = ranges(size), pixels = this->view_.extents.pixels;
     constexpr int64_t kDepth = Pool<Precision>::kDepth;
     const int64_t range = round_up((pixels + parts - 1) / parts, kDepth), used = (pixels + range - 1) / range;
-    const dim3 grid(static_cast<unsigned>(((rows + kRows - 1) / kRows) * this->column_tiles(width)),
+    const dim3 grid(static_cast<unsigned>(this->tiles_of(size.rows) * this->tiles_of(size.width)),
                     static_cast<unsigned>(used), static_cast<unsigned>(count));
     launch(Launch{"weight_gradient", grid, dim3(kThreads), sizeof(Pool<Precision>), this->stream(), &this->shape_},
            weight_gradient<Precision, which, first_unit>, this->view_, static_cast<int>(first), static_cast<int>(m),
            range, partials_);
-    to.rows = static_cast<int>(rows), to.width = static_cast<int>(width);
-    to.taps = which == Which::spatial ? 9 : 1;
-    launch(this->by_element("sum_partials", count * rows * width), sum_partials<Wide>, partials_, used,
-           static_cast<int>(first), static_cast<int>(count), to);
+    launch(this->by_element("sum_partials", count * (to.upper_rows + to.lower_rows) * to.width), sum_partials<Wide>,
+           partials_, used, static_cast<int>(first), static_cast<int>(count), size, to);
   }
   void weights(int64_t first, int64_t count) const {
     if (!this->options_.need_parameters) return;
-    const int k = this->view_.extents.hidden, s = this->view_.extents.segment;
-    for (int64_t m = 0; m < this->shape_.units; ++m) {
+    const Extents& e = this->view_.extents;
+    for (int m = 0; m < e.units; ++m) {
       const UnitTensors<Wide*>& grads = tensors_.grads[m];
-      const WeightGradients<Wide> reduce{grads.reduce, grads.shortcut, 0, 0, k, 1};
+      const WeightGradients<Wide> reduce{grads.reduce, grads.shortcut, e.hidden, e.projects(m) ? e.segment : 0,
+                                         e.inputs(m),  e.k(),          1};
       if (m == 0) {
         launch_weights<Which::reduce, true>(first, count, m, reduce);
       } else {
         launch_weights<Which::reduce, false>(first, count, m, reduce);
       }
-      launch_weights<Which::spatial, true>(first, count, m, {grads.spatial, nullptr, 0, 0, k, 1});
-      launch_weights<Which::project, true>(first, count, m, {grads.project, nullptr, 0, 0, s, 1});
+      launch_weights<Which::spatial, true>(first, count, m, {grads.spatial, nullptr, e.hidden, 0, 9 * e.hidden, 0, 9});
+      launch_weights<Which::project, true>(first, count, m, {grads.project, nullptr, e.segment, 0, e.hidden, 0, 1});
     }
   }
 
   Tensors tensors_{};
-  bool kept_ = false;
+  bool kept_ = false, g_in_place_ = false;
   int64_t block_ = 1;
-  Storage* saved_ = nullptr;
-  FeatureMap<Wide> g_{};
-  Wide* partials_ = nullptr;
+  Storage *saved_ = nullptr, *x_copy_ = nullptr, *y_copy_ = nullptr;
+  Wide *g_ = nullptr, *partials_ = nullptr;
 };
 
 template <class Precision>
@@ -514,7 +557,8 @@ constexpr Kernels<typename Precision::Storage, typename Precision::Wide> staged_
   using Wide = typename Precision::Wide;
   Kernels<Storage, Wide> table{};
   table.sizes = [](const LayerShape& shape, const Options& options, bool keep) -> Sizes {
-    return {shape.height * shape.width, StagedForward<Precision>::workspace_bytes(shape, options, keep),
+    return {StagedForward<Precision>::saved_rows(shape, options), shape.height * shape.width,
+            StagedForward<Precision>::workspace_bytes(shape, options, keep),
             StagedBackward<Precision>::workspace_bytes(shape, options, keep)};
   };
   table.forward = [](const LayerShape& shape, const Options& options, const ForwardTensors<Storage, Wide>& tensors) {

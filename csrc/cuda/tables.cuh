@@ -7,50 +7,64 @@
 namespace gunn {
 
 template <class Wide>
-GUNN_DEVICE Affine<Wide> make_affine(Wide mean, Wide var, Wide weight, Wide bias, double eps) {
-  Affine<Wide> affine;
-  affine.mean = mean;
-  affine.inverse = static_cast<Wide>(1.0 / sqrt(static_cast<double>(var) + eps));
-  affine.scale = weight * affine.inverse;
-  affine.shift = bias - mean * affine.scale;
-  return affine;
+GUNN_DEVICE void set_affine(const Tables<Wide>& tables, int64_t at, Wide mean, Wide var, Wide weight, Wide bias,
+                            double eps) {
+  const Wide inverse = static_cast<Wide>(1.0 / sqrt(static_cast<double>(var) + eps)), scale = weight * inverse;
+  tables.mean[at] = mean;
+  tables.inverse[at] = inverse;
+  tables.scale[at] = scale;
+  tables.shift[at] = bias - mean * scale;
 }
 
 // d, a gradient behind the batch norm, has `sum`; d * (z - mean) has `product`; both over `count` values.
 template <class Wide>
-GUNN_DEVICE Slope<Wide> make_slope(const Affine<Wide>& affine, double sum, double product, double count) {
-  const double scale = affine.scale, inverse = affine.inverse;
-  return {affine.scale, static_cast<Wide>(-scale * inverse * inverse * product / count),
-          static_cast<Wide>(-scale * sum / count)};
+GUNN_DEVICE void set_slope(const Tables<Wide>& tables, int64_t at, double sum, double product, double count) {
+  const double scale = tables.scale[at], inverse = tables.inverse[at];
+  tables.a[at] = tables.scale[at];
+  tables.b[at] = static_cast<Wide>(-scale * inverse * inverse * product / count);
+  tables.c[at] = static_cast<Wide>(-scale * sum / count);
 }
 
-// Rows of one batch norm of all segments, as arrays (P, channels) and as rows [row, row + channels) of (P, rows).
-struct RowRange {
-  int row, channels, rows, segments;
+// One batch norm of all segments: as parameters (P, channels), from `row` on in statistics (P, rows), from `z_row` on
+// in tables (P, z_rows), where `padded_channels` have a place. One thread each.
+struct NormRows {
+  int channels, padded_channels, row, rows, z_row, z_rows, segments;
 
-  GUNN_DEVICE bool mine(int64_t* in_norm, int64_t* in_table) const {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, segment = at / channels;
-    *in_norm = at;
-    *in_table = segment * rows + row + at % channels;
+  GUNN_DEVICE bool mine(int64_t* in_norm, int64_t* in_statistics, int64_t* in_tables) const {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, segment = at / padded_channels;
+    const int64_t channel = at % padded_channels;
+    *in_norm = channel < channels ? segment * channels + channel : -1;
+    *in_statistics = segment * rows + row + channel;
+    *in_tables = segment * z_rows + z_row + channel;
     return segment < segments;
   }
 };
 
+// Rows of zeros, as the padding keeps them; with statistics, scale and shift.
 template <class Wide>
-__global__ void set_affine(RowRange range, const Wide* weight, const Wide* bias, const Wide* mean, const Wide* var,
-                           Affine<Wide>* affine, double eps) {
-  int64_t in_norm, at;
-  if (!range.mine(&in_norm, &at)) return;
-  affine[at] = make_affine(mean[at], var[at], weight[in_norm], bias[in_norm], eps);
+__global__ void make_tables(NormRows norm, const Wide* weight, const Wide* bias, const Wide* mean, const Wide* var,
+                            Tables<Wide> tables, double eps) {
+  int64_t in_norm, in_statistics, at;
+  if (!norm.mine(&in_norm, &in_statistics, &at)) return;
+  if (in_norm >= 0 && mean != nullptr) {
+    set_affine(tables, at, mean[in_statistics], var[in_statistics], weight[in_norm], bias[in_norm], eps);
+  } else {
+    tables.mean[at] = tables.scale[at] = tables.shift[at] = tables.inverse[at] = 0;
+  }
 }
 
 // With given statistics (`sum` null) dz = d * scale.
 template <class Wide>
-__global__ void set_slopes(RowRange range, const Affine<Wide>* affine, const double* sum, const double* product,
-                           double count, Slope<Wide>* slopes) {
-  int64_t in_norm, at;
-  if (!range.mine(&in_norm, &at)) return;
-  slopes[at] = sum ? make_slope(affine[at], sum[at], product[at], count) : Slope<Wide>{affine[at].scale, 0, 0};
+__global__ void make_slopes(NormRows norm, const double* sum, const double* product, double count,
+                            Tables<Wide> tables) {
+  int64_t in_norm, in_statistics, at;
+  if (!norm.mine(&in_norm, &in_statistics, &at)) return;
+  if (in_norm >= 0 && sum != nullptr) {
+    set_slope(tables, at, sum[in_statistics], product[in_statistics], count);
+  } else {
+    tables.a[at] = tables.scale[at];
+    tables.b[at] = tables.c[at] = 0;
+  }
 }
 
 // Zeros, for the counters of the exchanges.

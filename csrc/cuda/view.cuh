@@ -1,4 +1,14 @@
-// What every kernel is told: sizes, where tensors lie, and one segment's batch norms as numbers.
+// What every kernel is told: sizes, where tensors lie, and batch norms as tables; and the sources of operands.
+//
+// In the kernels everything is pixel-major: one pixel's channels are neighbours, padded with zeros to a multiple of 8,
+// so that 16 bytes at a time can be read anywhere (state.cuh brings tensors of other layouts into this form):
+//
+//   state x, y   (pixels, N)
+//   z            (segments, pixels, z_rows)   pre-activations; per unit reduce (k), shortcut (s, unit 0), spatial (k),
+//   d            (segments, pixels, d_rows)   project (s), each padded; gradients of batch-norm outputs: reduce,
+//   spatial,
+//                                             project
+//   tables       (P, z_rows)                  a batch norm's mean, scale, shift, inverse; and its backward's a, b, c
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -8,78 +18,80 @@ namespace gunn {
 // The four batch norms of a unit; the second exists in unit 0 of layers with a projection shortcut.
 enum class Norm { reduce, shortcut, spatial, project };
 
-// A batch norm's channel: bn(z) = z * scale + shift = (z - mean) * inverse * weight + bias.
+// bn(z) = z * scale + shift = (z - mean) * inverse * weight + bias; for the backward dz = d * a + (z - mean) * b + c.
 template <class Wide>
-struct Affine {
-  Wide mean, scale, shift, inverse;
+struct Tables {
+  Wide *mean, *scale, *shift, *inverse;
+  Wide *a, *b, *c;
 };
 
-// Its backward: dz = d * a + (z - mean) * b + c.
-template <class Wide>
-struct Slope {
-  Wide a, b, c;
-};
+__host__ GUNN_DEVICE int padded(int channels) { return (channels + 7) / 8 * 8; }
 
-// Sizes. n, s, k, rows as LayerShape says; one pixel's pre-activations are `rows` neighbours, one pixel's gradients
-// of batch-norm outputs `gradient_rows`: reduce (k), spatial (k), project (s) of every unit.
+// Sizes, and where in z and d a batch norm's rows begin. Statistics and parameters know no padding: `row`, channels.
 struct Extents {
   int64_t pixels;  // of the whole batch
   int height, width;
   int channels, segment, hidden, segments, units;
-  int rows, gradient_rows;
   bool shortcut, residual;
 
-  GUNN_DEVICE bool projects(int unit) const { return shortcut && unit == 0; }
-  GUNN_DEVICE int inputs(int unit) const { return unit == 0 ? channels : segment; }
-  GUNN_DEVICE int reduce_rows(int unit) const { return hidden + (projects(unit) ? segment : 0); }
-  GUNN_DEVICE int row(Norm norm, int unit) const {
-    const int plain = 2 * hidden + segment, before = unit == 0 ? 0 : unit * plain + (shortcut ? segment : 0);
+  __host__ GUNN_DEVICE bool projects(int unit) const { return shortcut && unit == 0; }
+  __host__ GUNN_DEVICE int inputs(int unit) const { return unit == 0 ? channels : segment; }
+  __host__ GUNN_DEVICE int k() const { return padded(hidden); }
+  __host__ GUNN_DEVICE int s() const { return padded(segment); }
+  // Columns of the reduce product: its own, and the shortcut's behind them.
+  __host__ GUNN_DEVICE int reduce_columns(int unit) const { return k() + (projects(unit) ? s() : 0); }
+  __host__ GUNN_DEVICE int z_rows() const { return z_row(Norm::reduce, units); }
+  __host__ GUNN_DEVICE int d_rows() const { return units * (2 * k() + s()); }
+  __host__ GUNN_DEVICE int z_row(Norm norm, int unit) const { return place(norm, unit, k(), s()); }
+  __host__ GUNN_DEVICE int row(Norm norm, int unit) const { return place(norm, unit, hidden, segment); }
+  // The shortcut's output has the gradient of the unit's.
+  __host__ GUNN_DEVICE int d_row(Norm norm, int unit) const {
+    const int before = unit * (2 * k() + s());
+    return norm == Norm::reduce ? before : norm == Norm::spatial ? before + k() : before + 2 * k();
+  }
+
+ private:
+  __host__ GUNN_DEVICE int place(Norm norm, int unit, int wide, int narrow) const {
+    const int before = unit == 0 ? 0 : unit * (2 * wide + narrow) + (shortcut ? narrow : 0);
+    const int behind_reduce = before + wide + (projects(unit) ? narrow : 0);
     switch (norm) {
       case Norm::reduce:
         return before;
       case Norm::shortcut:
-        return before + hidden;
+        return before + wide;
       case Norm::spatial:
-        return before + reduce_rows(unit);
+        return behind_reduce;
       default:
-        return before + reduce_rows(unit) + hidden;
+        return behind_reduce + wide;
     }
-  }
-  // The shortcut's output has the gradient of the unit's.
-  GUNN_DEVICE int gradient_row(Norm norm, int unit) const {
-    const int before = unit * (2 * hidden + segment);
-    return norm == Norm::reduce ? before : norm == Norm::spatial ? before + hidden : before + 2 * hidden;
   }
 };
 
-// One launch's view of the layer. Segments `first_segment`… of `z` and `d` follow each other at a fixed step.
+// One launch's view of the layer. Segments `first_segment`… of z and d follow each other.
 template <class Precision>
 struct View {
   using Storage = typename Precision::Storage;
   using Wide = typename Precision::Wide;
 
   Extents extents;
-  FeatureMap<const Storage> x, y;
-  bool pixels_fast;  // neighbouring pixels of x and y are neighbours in memory, rather than neighbouring channels
+  const Storage *x, *y;  // the state's pixels
+  int64_t x_step, y_step;
   int first_segment;
-  Storage* z;            // (segments, pixels, rows)
-  Storage* d;            // (segments, pixels, gradient_rows)
-  Affine<Wide>* affine;  // (P, rows)
-  Slope<Wide>* slopes;   // (P, rows)
+  Storage *z, *d;
+  Tables<Wide> tables;
 
-  GUNN_DEVICE Storage* z_of(int segment) const { return z + (segment - first_segment) * extents.pixels * extents.rows; }
+  GUNN_DEVICE Storage* z_of(int segment) const {
+    return z + (segment - first_segment) * extents.pixels * extents.z_rows();
+  }
   GUNN_DEVICE Storage* d_of(int segment) const {
-    return d + (segment - first_segment) * extents.pixels * extents.gradient_rows;
+    return d + (segment - first_segment) * extents.pixels * extents.d_rows();
   }
-  GUNN_DEVICE const Affine<Wide>* affine_of(int segment, int row) const {
-    return affine + static_cast<int64_t>(segment) * extents.rows + row;
-  }
-  GUNN_DEVICE const Slope<Wide>* slopes_of(int segment, int row) const {
-    return slopes + static_cast<int64_t>(segment) * extents.rows + row;
+  GUNN_DEVICE int64_t in_tables(int segment, int z_row) const {
+    return static_cast<int64_t>(segment) * extents.z_rows() + z_row;
   }
 };
 
-// Sets the window to the 64 pixels from `first` on, at most to `end`. Visible to others after a barrier.
+// Sets the window to at most 64 pixels from `first` on, before `end`. Visible to others after a barrier.
 GUNN_DEVICE void set_window(PixelWindow& window, const Extents& extents, int64_t first, int64_t end) {
   const int thread = threadIdx.x;
   if (thread == 0) {
@@ -112,229 +124,257 @@ GUNN_DEVICE typename Precision::Wide unit_output(const View<Precision>& view, in
                                                  int channel) {
   using Wide = typename Precision::Wide;
   const Extents& extents = view.extents;
-  const auto* z = view.z_of(segment) + pixel * extents.rows;
+  const auto* z = view.z_of(segment) + pixel * extents.z_rows();
   const auto norm = [&](int row) -> Wide {
-    const Affine<Wide> affine = *view.affine_of(segment, row);
-    return to_float(z[row]) * affine.scale + affine.shift;
+    const int64_t at = view.in_tables(segment, row);
+    return to_float(z[row]) * view.tables.scale[at] + view.tables.shift[at];
   };
   Wide out = 0;
   for (int m = 0; m <= unit; ++m) {
-    out += norm(extents.row(Norm::project, m) + channel);
-    if (extents.projects(m)) out += norm(extents.row(Norm::shortcut, m) + channel);
+    out += norm(extents.z_row(Norm::project, m) + channel);
+    if (extents.projects(m)) out += norm(extents.z_row(Norm::shortcut, m) + channel);
     out = to_float(from_float<typename Precision::Storage>(out));
   }
   return out;
 }
 
-// ---- Sources of operands: pixels of the window x channels
+// ---- Sources of operands
+//
+// A Column is what is known of kVector neighbouring channels before any pixel is; `values` reads one pixel's. Channels
+// are padded like what they index; those of a 3x3 convolution are tap * padded channels + channel.
+
+template <class Precision>
+using Values = typename Precision::Wide[Pool<Precision>::kVector];
+
+template <class Precision>
+GUNN_DEVICE void read(const typename Precision::Storage* from, Values<Precision>& out) {
+  const auto vector = load_vector(from);
+  GUNN_UNROLL
+  for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = to_float(vector.values[v]);
+}
+template <class Precision>
+GUNN_DEVICE void read_table(const typename Precision::Wide* from, Values<Precision>& out) {
+  constexpr int V = Pool<Precision>::kVector, W = Vector<typename Precision::Wide>::kSize;
+  GUNN_UNROLL
+  for (int first = 0; first < V; first += W) {
+    const auto vector = load_vector(from + first);
+    GUNN_UNROLL
+    for (int v = 0; v < W; ++v) out[first + v] = vector.values[v];
+  }
+}
 
 // The state before segment i: y where written, x where not.
 template <class Precision>
 struct State {
-  using Wide = typename Precision::Wide;
-  struct Pixel {
-    bool valid;
-    int64_t x, y;
-  };
-  struct Channel {
-    const typename Precision::Storage* data;
-    bool written;
-  };
+  using Column = int;
   const View<Precision>& view;
   const PixelWindow& window;
   int written;  // channels
 
   GUNN_DEVICE State(const View<Precision>& view_, const PixelWindow& window_, int segment, int /*unit*/)
       : view(view_), window(window_), written(segment * view_.extents.segment) {}
-  GUNN_DEVICE bool pixels_fast() const { return view.pixels_fast; }
-  GUNN_DEVICE Pixel pixel(int m) const {
-    return {m < window.count, offset(view.x, window, m), offset(view.y, window, m)};
-  }
-  GUNN_DEVICE Channel channel(int64_t c) const {
-    return c < written ? Channel{view.y.data + c * view.y.channel, true}
-                       : Channel{view.x.data + c * view.x.channel, false};
-  }
-  GUNN_DEVICE Wide value(const Pixel& pixel, const Channel& channel) const {
-    return to_float(channel.data[channel.written ? pixel.y : pixel.x]);
+  GUNN_DEVICE Column column(int channel) const { return channel; }
+  GUNN_DEVICE void values(int m, Column channel, Values<Precision>& out) const {
+    constexpr int V = Pool<Precision>::kVector;
+    const int64_t pixel = window.first + m;
+    const auto* x = view.x + pixel * view.x_step + channel;
+    const auto* y = view.y + pixel * view.y_step + channel;
+    const bool all = channel + V <= written, none = channel >= written;
+    read<Precision>(all ? y : x, out);
+    if (all || none) return;
+    Values<Precision> before;
+    read<Precision>(y, before);
+    GUNN_UNROLL
+    for (int v = 0; v < V; ++v) out[v] = channel + v < written ? before[v] : out[v];
   }
 };
 
 // The input of a unit after the first.
 template <class Precision>
 struct UnitInput {
-  using Wide = typename Precision::Wide;
-  struct Pixel {
-    bool valid;
-    int64_t index;
-  };
-  using Channel = int;
+  using Column = int;
   const View<Precision>& view;
   const PixelWindow& window;
   int segment, unit;
 
   GUNN_DEVICE UnitInput(const View<Precision>& view_, const PixelWindow& window_, int segment_, int unit_)
       : view(view_), window(window_), segment(segment_), unit(unit_) {}
-  GUNN_DEVICE bool pixels_fast() const { return false; }
-  GUNN_DEVICE Pixel pixel(int m) const { return {m < window.count, window.first + m}; }
-  GUNN_DEVICE Channel channel(int64_t c) const { return static_cast<int>(c); }
-  GUNN_DEVICE Wide value(const Pixel& pixel, Channel channel) const {
-    return unit_output(view, segment, unit - 1, pixel.index, channel);
+  GUNN_DEVICE Column column(int channel) const { return channel; }
+  GUNN_DEVICE void values(int m, Column channel, Values<Precision>& out) const {
+    GUNN_UNROLL
+    for (int v = 0; v < Pool<Precision>::kVector; ++v) {
+      out[v] = unit_output(view, segment, unit - 1, window.first + m, channel + v);
+    }
   }
 };
 
-// How a 3x3 convolution moves the pixel: channel c at tap t is depth t * channels + c. A tap is the offset (t / 3 - 1,
-// t % 3 - 1); -1 in `direction` takes the opposite one, as the transposed convolution does.
+// How a 3x3 convolution moves the pixel: a tap is the offset (tap / 3 - 1, tap % 3 - 1); -1 in `direction` takes the
+// opposite one, as the transposed convolution does.
 template <int taps, int direction>
 struct Tap {
   int channel = 0, down = 0, right = 0;
 
   GUNN_DEVICE Tap() {}
-  GUNN_DEVICE Tap(int64_t depth, int channels) {
-    if (taps == 1) {
-      channel = static_cast<int>(depth), down = 0, right = 0;
-    } else {
-      const int at = static_cast<int>(depth), tap = at / channels;
-      channel = at - tap * channels;
-      down = direction * (tap / 3 - 1), right = direction * (tap % 3 - 1);
-    }
+  GUNN_DEVICE Tap(int at, int channels) : channel(at) {
+    if (taps == 1) return;
+    const int tap = at / channels;
+    channel = at - tap * channels;
+    down = direction * (tap / 3 - 1), right = direction * (tap % 3 - 1);
+  }
+  // The pixel it leads to from the window's; false outside the image.
+  GUNN_DEVICE bool lead(const Extents& extents, const PixelWindow& window, int m, int64_t* pixel) const {
+    *pixel = window.first + m;
+    if (taps == 1) return true;
+    const int row = window.row[m] + down, column = window.column[m] + right;
+    *pixel += static_cast<int64_t>(down) * extents.width + right;
+    return row >= 0 && row < extents.height && column >= 0 && column < extents.width;
   }
 };
 
-// A pixel of the window that taps may leave.
-struct Place {
-  bool valid;
-  int row, column;
-  int64_t index;
-};
-GUNN_DEVICE Place place(const PixelWindow& window, int m) {
-  return {m < window.count, window.row[m], window.column[m], window.first + m};
-}
-template <class AnyTap>
-GUNN_DEVICE bool reach(const Extents& extents, const Place& place, const AnyTap& tap, int64_t* pixel) {
-  const int row = place.row + tap.down, column = place.column + tap.right;
-  *pixel = place.index + static_cast<int64_t>(tap.down) * extents.width + tap.right;
-  return row >= 0 && row < extents.height && column >= 0 && column < extents.width;
+template <class Precision>
+GUNN_DEVICE void set_zero(Values<Precision>& out) {
+  GUNN_UNROLL
+  for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = 0;
 }
 
 // relu(bn(z)) behind the reduce or spatial convolution, zero outside the image.
 template <class Precision, int taps>
 struct Activated {
-  using Wide = typename Precision::Wide;
-  using Pixel = Place;
-  struct Channel {
+  struct Column {
     Tap<taps, 1> tap;
-    Wide scale, shift;
+    Values<Precision> scale, shift;
   };
-  const Extents& extents;
+  const View<Precision>& view;
   const PixelWindow& window;
   const typename Precision::Storage* z;
-  const Affine<Wide>* affine;
+  int64_t table;
 
-  GUNN_DEVICE Activated(const View<Precision>& view, const PixelWindow& window_, int segment, int unit)
-      : extents(view.extents), window(window_) {
-    const int row = extents.row(taps == 9 ? Norm::reduce : Norm::spatial, unit);
+  GUNN_DEVICE Activated(const View<Precision>& view_, const PixelWindow& window_, int segment, int unit)
+      : view(view_), window(window_) {
+    const int row = view.extents.z_row(taps == 9 ? Norm::reduce : Norm::spatial, unit);
     z = view.z_of(segment) + row;
-    affine = view.affine_of(segment, row);
+    table = view.in_tables(segment, row);
   }
-  GUNN_DEVICE bool pixels_fast() const { return false; }
-  GUNN_DEVICE Pixel pixel(int m) const { return place(window, m); }
-  GUNN_DEVICE Channel channel(int64_t depth) const {
-    const Tap<taps, 1> tap(depth, extents.hidden);
-    return {tap, affine[tap.channel].scale, affine[tap.channel].shift};
+  GUNN_DEVICE Column column(int channel) const {
+    Column column;
+    column.tap = Tap<taps, 1>(channel, view.extents.k());
+    read_table<Precision>(view.tables.scale + table + column.tap.channel, column.scale);
+    read_table<Precision>(view.tables.shift + table + column.tap.channel, column.shift);
+    return column;
   }
-  GUNN_DEVICE Wide value(const Pixel& place, const Channel& channel) const {
+  GUNN_DEVICE void values(int m, const Column& column, Values<Precision>& out) const {
     int64_t pixel;
-    if (!reach(extents, place, channel.tap, &pixel)) return 0;
-    return relu(to_float(z[pixel * extents.rows + channel.tap.channel]) * channel.scale + channel.shift);
+    if (!column.tap.lead(view.extents, window, m, &pixel)) return set_zero<Precision>(out);
+    read<Precision>(z + pixel * view.extents.z_rows() + column.tap.channel, out);
+    GUNN_UNROLL
+    for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = relu(out[v] * column.scale[v] + column.shift[v]);
   }
 };
 
 // Gradient of the input of one batch norm; of the reduce's, with those of the shortcut's behind it.
 template <class Precision, Norm norm, int taps = 1>
 struct GradientOfInput {
-  using Wide = typename Precision::Wide;
-  using Pixel = Place;
-  struct Channel {
+  struct Column {
     Tap<taps, -1> tap;
-    int gradient;  // its row in d
-    Wide mean;
-    Slope<Wide> slope;
+    int d_row;
+    Values<Precision> mean, a, b, c;
   };
-  const Extents& extents;
+  const View<Precision>& view;
   const PixelWindow& window;
   const typename Precision::Storage *z, *d;
-  const Affine<Wide>* affine;
-  const Slope<Wide>* slopes;
+  int64_t table;
   int channels, to_shortcut;
 
-  GUNN_DEVICE GradientOfInput(const View<Precision>& view, const PixelWindow& window_, int segment, int unit)
-      : extents(view.extents), window(window_) {
-    const int row = extents.row(norm, unit), gradient_row = extents.gradient_row(norm, unit);
+  GUNN_DEVICE GradientOfInput(const View<Precision>& view_, const PixelWindow& window_, int segment, int unit)
+      : view(view_), window(window_) {
+    const Extents& extents = view.extents;
+    const int row = extents.z_row(norm, unit), d_row = extents.d_row(norm, unit);
     z = view.z_of(segment) + row;
-    d = view.d_of(segment) + gradient_row;
-    affine = view.affine_of(segment, row);
-    slopes = view.slopes_of(segment, row);
-    channels = norm == Norm::project ? extents.segment : extents.hidden;
+    d = view.d_of(segment) + d_row;
+    table = view.in_tables(segment, row);
+    channels = norm == Norm::project ? extents.s() : extents.k();
     // From the place right behind the reduce's gradients to the unit output's.
-    to_shortcut = extents.gradient_row(Norm::project, unit) - gradient_row - extents.hidden;
+    to_shortcut = extents.d_row(Norm::project, unit) - d_row - extents.k();
   }
-  GUNN_DEVICE bool pixels_fast() const { return false; }
-  GUNN_DEVICE Pixel pixel(int m) const { return place(window, m); }
-  GUNN_DEVICE Channel channel(int64_t depth) const {
-    const Tap<taps, -1> tap(depth, channels);
-    const bool shortcut = norm == Norm::reduce && tap.channel >= extents.hidden;
-    return {tap, tap.channel + (shortcut ? to_shortcut : 0), affine[tap.channel].mean, slopes[tap.channel]};
+  GUNN_DEVICE Column column(int channel) const {
+    Column column;
+    column.tap = Tap<taps, -1>(channel, channels);
+    const bool shortcut = norm == Norm::reduce && column.tap.channel >= channels;
+    column.d_row = column.tap.channel + (shortcut ? to_shortcut : 0);
+    const int64_t at = table + column.tap.channel;
+    read_table<Precision>(view.tables.mean + at, column.mean);
+    read_table<Precision>(view.tables.a + at, column.a);
+    read_table<Precision>(view.tables.b + at, column.b);
+    read_table<Precision>(view.tables.c + at, column.c);
+    return column;
   }
-  GUNN_DEVICE Wide value(const Pixel& place, const Channel& channel) const {
+  GUNN_DEVICE void values(int m, const Column& column, Values<Precision>& out) const {
     int64_t pixel;
-    if (!reach(extents, place, channel.tap, &pixel)) return 0;
-    const Wide gradient = to_float(d[pixel * extents.gradient_rows + channel.gradient]);
-    const Wide centred = to_float(z[pixel * extents.rows + channel.tap.channel]) - channel.mean;
-    return gradient * channel.slope.a + (centred * channel.slope.b + channel.slope.c);
+    if (!column.tap.lead(view.extents, window, m, &pixel)) return set_zero<Precision>(out);
+    Values<Precision> gradient;
+    read<Precision>(d + pixel * view.extents.d_rows() + column.d_row, gradient);
+    read<Precision>(z + pixel * view.extents.z_rows() + column.tap.channel, out);
+    GUNN_UNROLL
+    for (int v = 0; v < Pool<Precision>::kVector; ++v) {
+      out[v] = gradient[v] * column.a[v] + ((out[v] - column.mean[v]) * column.b[v] + column.c[v]);
+    }
   }
 };
 
-// ---- Sources as loaders of a product
+// ---- Staging a chunk
 
-// Rows are pixels, depth is channels: forward and gradient products.
-template <class Source>
-struct PixelsByChannels {
-  using Column = typename Source::Channel;
-  const Source& source;
-  bool rows_fast;
+template <class Precision>
+GUNN_DEVICE void put(typename Precision::Element* to, const Values<Precision>& values) {
+  Vector<typename Precision::Element> vector;
+  GUNN_UNROLL
+  for (int v = 0; v < Pool<Precision>::kVector; ++v) vector.values[v] = Precision::element(values[v]);
+  store_vector(to, vector);
+}
 
-  GUNN_DEVICE explicit PixelsByChannels(const Source& source_) : source(source_), rows_fast(source_.pixels_fast()) {}
-  GUNN_DEVICE auto row(int m) const { return source.pixel(m); }
-  GUNN_DEVICE Column column(int64_t k) const { return source.channel(k); }
-  template <class Row>
-  GUNN_DEVICE auto value(const Row& row, const Column& column) const {
-    return source.value(row, column);
+// by_row: pixels of the window are rows, channels [first, first + kDepth) are depth; zeros beyond either.
+template <class Precision, class Source>
+GUNN_DEVICE void stage_pixels(typename Precision::Element* to, const Source& source, int first, int channels,
+                              int count) {
+  using P = Pool<Precision>;
+  constexpr int kAcross = P::kDepth / P::kVector;
+  const int across = threadIdx.x % kAcross * P::kVector;
+  const bool inside = first + across < channels;
+  typename Source::Column column{};
+  if (inside) column = source.column(first + across);
+  GUNN_UNROLL
+  for (int j = 0; j < kRows * kAcross / kThreads; ++j) {
+    const int m = threadIdx.x / kAcross + j * (kThreads / kAcross);
+    Values<Precision> values;
+    if (inside && m < count) {
+      source.values(m, column, values);
+    } else {
+      set_zero<Precision>(values);
+    }
+    put<Precision>(to + m * P::kRowStride + across, values);
   }
-};
+}
 
-// Rows are channels from `first` on, depth is the window's pixels: gradients of weights.
-template <class Source>
-struct ChannelsByPixels {
-  using Column = typename Source::Pixel;
-  struct Row {
-    bool valid;
-    typename Source::Channel channel;
-  };
-  const Source& source;
-  int64_t first;
-  int count;
-  bool rows_fast;
-
-  GUNN_DEVICE ChannelsByPixels(const Source& source_, int64_t first_, int count_)
-      : source(source_), first(first_), count(count_), rows_fast(!source_.pixels_fast()) {}
-  GUNN_DEVICE Row row(int m) const {
-    if (m >= count) return {false, {}};
-    return {true, source.channel(first + m)};
+// by_depth: 64 channels are rows (the thread's `column` of them, if `inside`), kDepth pixels of the window are depth.
+template <class Precision>
+GUNN_DEVICE int channel_of_thread() {
+  return threadIdx.x % (kRows / Pool<Precision>::kVector) * Pool<Precision>::kVector;
+}
+template <class Precision, class Source>
+GUNN_DEVICE void stage_channels(typename Precision::Element* to, const Source& source,
+                                const typename Source::Column& column, bool inside, int count) {
+  using P = Pool<Precision>;
+  constexpr int kAcross = kRows / P::kVector;
+  GUNN_UNROLL
+  for (int j = 0; j < P::kDepth * kAcross / kThreads; ++j) {
+    const int m = threadIdx.x / kAcross + j * (kThreads / kAcross);
+    Values<Precision> values;
+    if (inside && m < count) {
+      source.values(m, column, values);
+    } else {
+      set_zero<Precision>(values);
+    }
+    put<Precision>(to + m * P::kDepthStride + channel_of_thread<Precision>(), values);
   }
-  GUNN_DEVICE Column column(int64_t k) const { return source.pixel(static_cast<int>(k)); }
-  GUNN_DEVICE auto value(const Row& row, const Column& column) const {
-    return column.valid ? source.value(column, row.channel) : 0;
-  }
-};
+}
 
 }  // namespace gunn

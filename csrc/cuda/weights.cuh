@@ -1,57 +1,126 @@
-// The parameters as loaders of a product: rows of the loader are columns of the tile.
+// Weights as the products read them: rounded, padded, in the order in which they are staged.
+//
+// Owns:      one thread packs one element, once a pass.
+// Leaves:    for each segment, tile of 64 rows and chunk of depth: [rows of the tile][kDepth], so that staging is a
+// copy.
+//            Rows and depth are padded like the channels they stand for; padding is zero.
 #pragma once
 
 #include "cuda/view.cuh"
 
 namespace gunn {
 
-// A matrix of `split` rows with more rows in a second one behind; transposed, those rows are the depth.
-template <class Wide, bool transposed>
-struct Matrix {
-  struct Row {
-    bool valid;
-    const Wide *upper, *lower;
-  };
-  using Column = int64_t;
-  static constexpr bool rows_fast = transposed;
-  const Wide *upper, *lower;
-  int split;
-  int64_t width;
-  int first, count;  // rows of the loader from `first` on
+// Rows x depth of a product: forward, and transposed for the gradients of the inputs.
+enum class Pack { reduce, spatial, project, reduce_transposed, spatial_transposed, project_transposed };
 
-  GUNN_DEVICE Row row(int m) const {
-    const int64_t r = first + m;
-    if (transposed) return {m < count, upper + r, lower + r};
-    const Wide* data = r < split ? upper + r * width : lower + (r - split) * width;
-    return {m < count, data, data};
+struct PackShape {
+  int rows, depth;  // padded; whole chunks are stored
+
+  template <class Precision>
+  __host__ GUNN_DEVICE int chunks() const {
+    return (depth + Pool<Precision>::kDepth - 1) / Pool<Precision>::kDepth;
   }
-  GUNN_DEVICE Column column(int64_t depth) const { return depth; }
-  GUNN_DEVICE Wide value(const Row& row, Column depth) const {
-    if (!transposed) return row.upper[depth];
-    return depth < split ? row.upper[depth * width] : row.lower[(depth - split) * width];
+  template <class Precision>
+  __host__ GUNN_DEVICE int64_t size() const {  // elements, of one segment
+    return static_cast<int64_t>(rows) * chunks<Precision>() * Pool<Precision>::kDepth;
   }
 };
 
-// (channels, channels, 3, 3); depth is tap * channels + channel. Transposed, rows are the convolution's inputs.
-template <class Wide, bool transposed>
-struct Kernel3x3 {
-  struct Row {
-    bool valid;
-    const Wide* data;
-  };
-  using Column = int64_t;
-  static constexpr bool rows_fast = false;
-  const Wide* data;
-  int channels, first, count;
+__host__ GUNN_DEVICE PackShape pack_shape(const Extents& extents, Pack pack, int unit) {
+  const int k = extents.k(), s = extents.s(), n = padded(extents.inputs(unit)), both = extents.reduce_columns(unit);
+  switch (pack) {
+    case Pack::reduce:
+      return {both, n};
+    case Pack::spatial:
+    case Pack::spatial_transposed:
+      return {k, 9 * k};
+    case Pack::project:
+      return {s, k};
+    case Pack::reduce_transposed:
+      return {n, both};
+    default:
+      return {k, s};
+  }
+}
 
-  GUNN_DEVICE Row row(int m) const {
-    return {m < count, data + static_cast<int64_t>(first + m) * (transposed ? 9 : 9 * channels)};
+// The weight at a padded row and depth, zero in the padding. `segment` is that of both pointers.
+template <class Wide>
+GUNN_DEVICE Wide weight_at(const Extents& extents, Pack pack, int unit, const Wide* weight, const Wide* shortcut,
+                           int row, int depth) {
+  const int k = extents.hidden, s = extents.segment, n = extents.inputs(unit);
+  if (pack == Pack::reduce || pack == Pack::reduce_transposed) {
+    const int64_t r = pack == Pack::reduce ? row : depth, c = pack == Pack::reduce ? depth : row;
+    if (c >= n) return 0;
+    if (r < k) return weight[r * n + c];
+    const int64_t in_shortcut = r - extents.k();
+    return in_shortcut >= 0 && in_shortcut < s ? shortcut[in_shortcut * n + c] : 0;
   }
-  GUNN_DEVICE Column column(int64_t depth) const {
-    const int at = static_cast<int>(depth), tap = at / channels;
-    return static_cast<int64_t>(at - tap * channels) * (transposed ? 9 * channels : 9) + tap;
+  if (pack == Pack::spatial || pack == Pack::spatial_transposed) {
+    const int tap = depth / extents.k(), channel = depth - tap * extents.k();
+    const int64_t out = pack == Pack::spatial ? row : channel, in = pack == Pack::spatial ? channel : row;
+    return out < k && in < k ? weight[(out * k + in) * 9 + tap] : 0;
   }
-  GUNN_DEVICE Wide value(const Row& row, Column column) const { return row.data[column]; }
+  const int64_t out = pack == Pack::project ? row : depth, in = pack == Pack::project ? depth : row;
+  return out < s && in < k ? weight[out * k + in] : 0;
+}
+
+// Segments blockIdx.y….
+template <class Precision>
+__global__ void pack_weights(Extents extents, Pack pack, int unit, const typename Precision::Wide* weight,
+                             const typename Precision::Wide* shortcut, typename Precision::Element* to) {
+  constexpr int D = Pool<Precision>::kDepth;
+  const PackShape shape = pack_shape(extents, pack, unit);
+  const int64_t size = shape.size<Precision>(), at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= size) return;
+  const int64_t segment = blockIdx.y, n = extents.inputs(unit), k = extents.hidden, s = extents.segment;
+  const int64_t tile_size = static_cast<int64_t>(kColumns) * shape.chunks<Precision>() * D;
+  const int first = static_cast<int>(at / tile_size) * kColumns, rows = min(shape.rows - first, kColumns);
+  const int in_tile = static_cast<int>(at % tile_size), chunk = in_tile / (rows * D), in_chunk = in_tile % (rows * D);
+  const bool is_spatial = pack == Pack::spatial || pack == Pack::spatial_transposed;
+  const bool is_reduce = pack == Pack::reduce || pack == Pack::reduce_transposed;
+  const int64_t step = is_spatial ? k * k * 9 : is_reduce ? k * n : s * k;
+  const int row = first + in_chunk / D, depth = chunk * D + in_chunk % D;
+  typename Precision::Wide value = 0;
+  if (depth < shape.depth) {  // not behind the last, in the rest of its chunk
+    value = weight_at(extents, pack, unit, weight + segment * step, shortcut ? shortcut + segment * s * n : nullptr,
+                      row, depth);
+  }
+  to[segment * size + at] = Precision::element(value);
+}
+
+// One segment's packed weights, of the tile of rows that begins at `first`.
+template <class Precision>
+struct PackedTile {
+  const typename Precision::Element* data;
+  int rows, chunk_size;
+
+  GUNN_DEVICE PackedTile(const PackShape& shape, const typename Precision::Element* packed, int segment, int first)
+      : data(packed + segment * shape.size<Precision>() +
+             static_cast<int64_t>(first) * shape.chunks<Precision>() * Pool<Precision>::kDepth),
+        rows(min(shape.rows - first, kColumns)),
+        chunk_size(rows * Pool<Precision>::kDepth) {}
+
+  GUNN_DEVICE void stage(typename Precision::Element* to, int chunk) const {
+    using P = Pool<Precision>;
+    const auto* from = data + static_cast<int64_t>(chunk) * chunk_size;
+    for (int at = threadIdx.x * P::kVector; at < chunk_size; at += kThreads * P::kVector) {
+      store_vector(to + at / P::kDepth * P::kRowStride + at % P::kDepth, load_vector(from + at));
+    }
+  }
 };
+
+// The product of pixels and packed weights. Begins with a barrier: what it reads may have been written just before.
+template <class Precision, class Source>
+GUNN_DEVICE void multiply_pixels(Pool<Precision>& pool, Product<Precision>& product, const Source& source,
+                                 const PackShape& shape, const PackedTile<Precision>& weights) {
+  for (int chunk = 0; chunk < shape.chunks<Precision>(); ++chunk) {
+    __syncthreads();
+    stage_pixels<Precision>(pool.tile.operands.a, source, chunk * Pool<Precision>::kDepth, shape.depth,
+                            pool.window.count);
+    weights.stage(pool.tile.operands.b, chunk);
+    __syncthreads();
+    product.template multiply<Layout::by_row>(pool.tile.operands, weights.rows);
+  }
+}
 
 }  // namespace gunn

@@ -46,6 +46,16 @@ Slot shuffle(const char* name, unsigned mask, const Slot& value, unsigned source
   return thread().team->meet(mask, name, contribution, site);
 }
 
+Pointers gather(const char* name, const void* mine, unsigned sources, Site site) {
+  Contribution contribution{Operation::gather};
+  contribution.source = sources;
+  std::memcpy(contribution.slot.words, &mine, sizeof mine);
+  const Slot slot = thread().team->meet(~0u, name, contribution, site);
+  Pointers pointers;
+  std::memcpy(&pointers, slot.words, sizeof pointers);
+  return pointers;
+}
+
 unsigned ballot(const char* name, unsigned mask, bool vote, Site site) {
   Contribution contribution{Operation::ballot};
   contribution.slot.words[0] = vote;

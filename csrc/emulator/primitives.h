@@ -35,6 +35,10 @@ void grid_barrier(Site site);
 // Functions of a warp: every lane of the mask takes part, and only the barrier orders memory.
 void warp_barrier(unsigned mask, Site site);
 Slot shuffle(const char* name, unsigned mask, const Slot& value, unsigned source, Site site);
+struct Pointers {
+  const void* of[4];
+};
+Pointers gather(const char* name, const void* mine, unsigned sources, Site site);  // a lane in each byte; whole warps
 unsigned ballot(const char* name, unsigned mask, bool vote, Site site);
 void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site);
 unsigned lane();

@@ -16,6 +16,18 @@ void carry_out_shuffle(Meeting& meeting) {
   }
 }
 
+// Each lane takes the first two words of four lanes, whose numbers are the bytes of its source.
+void carry_out_gather(Meeting& meeting) {
+  Slot taken[32];
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    for (unsigned j = 0; j < 4; ++j) {
+      const Slot& from = meeting.lanes[meeting.lanes[lane].source >> 8 * j & 31].slot;
+      taken[lane].words[2 * j] = from.words[0], taken[lane].words[2 * j + 1] = from.words[1];
+    }
+  }
+  for (unsigned lane = 0; lane < 32; ++lane) meeting.lanes[lane].slot = taken[lane];
+}
+
 void carry_out_ballot(Meeting& meeting) {
   uint32_t votes = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
@@ -48,6 +60,8 @@ void carry_out(Meeting& meeting) {
       return;
     case Operation::shuffle:
       return carry_out_shuffle(meeting);
+    case Operation::gather:
+      return carry_out_gather(meeting);
     case Operation::ballot:
       return carry_out_ballot(meeting);
     case Operation::multiply:

@@ -10,7 +10,7 @@ namespace gunn::emulator {
 
 struct Thread;
 
-enum class Operation { barrier, shuffle, ballot, multiply };
+enum class Operation { barrier, shuffle, gather, ballot, multiply };
 
 // What one lane brings, and what it takes away.
 struct Contribution {
