@@ -101,6 +101,7 @@ struct Sizes {
 template <class Scalar, class Wide = Scalar>
 struct Kernels {
   Sizes (*sizes)(const LayerShape&, const Options&, bool keep);
+  const char* (*forward_driver)(const LayerShape&, const Options&, bool keep);  // which of several serves
   void (*forward)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&);
   void (*forward_step)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&, Forward, int64_t segment,
                        int64_t unit);

@@ -1,8 +1,8 @@
 #include "cuda/dispatch.h"
-#include "cuda/staged.cuh"
+#include "cuda/drivers.cuh"
 
 namespace gunn {
 
-const Kernels<BFloat16, float> cuda_bfloat16 = staged_kernels<Float16Bits<BFloat16>>();
+const Kernels<BFloat16, float> cuda_bfloat16 = Drivers<Float16Bits<BFloat16>>::table();
 
 }  // namespace gunn

@@ -1,8 +1,8 @@
 #include "cuda/dispatch.h"
-#include "cuda/staged.cuh"
+#include "cuda/drivers.cuh"
 
 namespace gunn {
 
-const Kernels<Float16, float> cuda_float16 = staged_kernels<Float16Bits<Float16>>();
+const Kernels<Float16, float> cuda_float16 = Drivers<Float16Bits<Float16>>::table();
 
 }  // namespace gunn

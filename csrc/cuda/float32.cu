@@ -1,8 +1,8 @@
 #include "cuda/dispatch.h"
-#include "cuda/staged.cuh"
+#include "cuda/drivers.cuh"
 
 namespace gunn {
 
-const Kernels<float> cuda_float32 = staged_kernels<Float32>();
+const Kernels<float> cuda_float32 = Drivers<Float32>::table();
 
 }  // namespace gunn

@@ -1,8 +1,8 @@
 #include "cuda/dispatch.h"
-#include "cuda/staged.cuh"
+#include "cuda/drivers.cuh"
 
 namespace gunn {
 
-const Kernels<double> cuda_float64 = staged_kernels<Float64>();
+const Kernels<double> cuda_float64 = Drivers<Float64>::table();
 
 }  // namespace gunn

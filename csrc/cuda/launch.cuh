@@ -3,6 +3,7 @@
 // Almost everything is plain CUDA in both. What differs has one name here, a function where possible:
 //
 //   launch(Launch{name, grid, block, …}, kernel, arguments…)   instead of <<<…>>>; errors raise gunn::Error
+//   resident_blocks(launch, kernel)                            how many blocks of it the device holds at once
 //   GUNN_SHARED(float, tile, [32][33])                         a static __shared__ array
 //   GUNN_DYNAMIC_SHARED(float, pool)                           the dynamic shared memory
 //   grid_barrier()                                             in a cooperative launch
@@ -169,6 +170,23 @@ void launch(const Launch& how, void (*kernel)(Parameters...), Arguments&&... arg
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch", how);
 }
 
+// 0 where one block does not fit.
+template <class... Parameters>
+int64_t resident_blocks(const Launch& how, void (*kernel)(Parameters...)) {
+  const DeviceGuard guard(how);
+  int device = 0, processors = 0, most_shared = 0, blocks = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice", how);
+  check_cuda(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking", how);
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking", how);
+  if (how.shared > static_cast<size_t>(most_shared)) return 0;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared)),
+             "asking for shared memory", how);
+  const int threads = static_cast<int>(how.block.x * how.block.y * how.block.z);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, how.shared), "asking", how);
+  return static_cast<int64_t>(blocks) * processors;
+}
+
 #else
 
 template <class... Parameters, class... Arguments>
@@ -187,6 +205,13 @@ void launch(const Launch& how, void (*kernel)(Parameters...), Arguments&&... arg
   } catch (const Error& error) {
     fail(how.name, ": ", error.what(), "\n  ", describe(how));
   }
+}
+
+// As on a GPU with few processors.
+template <class... Parameters>
+int64_t resident_blocks(const Launch& how, void (*)(Parameters...)) {
+  constexpr int64_t kProcessors = 16;
+  return how.shared <= emulator::kMostShared ? kProcessors : 0;
 }
 
 #endif

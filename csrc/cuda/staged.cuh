@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include "core/arena.h"
 #include "cuda/backward.cuh"
+#include "cuda/host.cuh"
 #include "cuda/state.cuh"
 
 namespace gunn {
@@ -33,23 +33,10 @@ class StagedPass {
   using Element = typename Precision::Element;
   using Units = UnitTensors<const Wide*>;
 
-  StagedPass(const LayerShape& shape, const Options& options) : shape_(shape), options_(options) {
-    // Single sizes are 32-bit on the device, offsets 64-bit.
-    constexpr int64_t kMost = INT32_MAX / 2, kMostSegments = 65535;  // a grid's second and third size
-    require(shape.segments <= kMostSegments, "the CUDA kernels take at most ", kMostSegments, " segments, got ",
-            shape.segments, ".");
-    require(shape.batch <= kMost && shape.height * shape.width <= kMost && shape.channels <= kMost &&
-                10 * (shape.hidden() + 8) <= kMost && shape.rows() + 32 * shape.units <= kMost,
-            "the CUDA kernels take sizes below 2^30: batch ", shape.batch, ", pixels of an image ",
-            shape.height * shape.width, ", channels ", shape.channels, ", hidden channels ", shape.hidden(), ".");
+  StagedPass(const LayerShape& shape, const Options& options)
+      : shape_(shape), options_(options), launcher_(shape, options) {
     static_assert(sizeof(Pool<Precision>) <= 48 * 1024, "more shared memory has to be asked for");
-    Extents& e = view_.extents;
-    e.pixels = shape.batch * shape.height * shape.width;
-    e.height = static_cast<int>(shape.height), e.width = static_cast<int>(shape.width);
-    e.channels = static_cast<int>(shape.channels), e.segment = static_cast<int>(shape.segment());
-    e.hidden = static_cast<int>(shape.hidden()), e.segments = static_cast<int>(shape.segments);
-    e.units = static_cast<int>(shape.units);
-    e.shortcut = shape.shortcut, e.residual = shape.residual;
+    view_.extents = extents_of(shape);
     exchange_.tiles = tiles();
     exchange_.groups = Exchange::count_groups(tiles());
   }
@@ -69,7 +56,7 @@ class StagedPass {
     packed_.clear();
     for (int m = 0; m < e.units; ++m) {
       for (const Pack pack : packs_) {
-        packed_.push_back(arena.take<Element>(e.segments * pack_shape(e, pack, m).template size<Precision>()));
+        packed_.push_back(arena.take<Element>(packed_size<Precision>(e, pack, m)));
       }
     }
   }
@@ -89,19 +76,12 @@ class StagedPass {
     return exchange;
   }
 
-  // One thread for each of `count` things, `segments` times.
-  Launch by_element(const char* name, int64_t count, int64_t segments = 1) const {
-    return {name,      dim3(static_cast<unsigned>((count + 127) / 128), static_cast<unsigned>(segments)),
-            dim3(128), 0,
-            stream(),  &shape_};
-  }
   // Pixels x columns x segments in tiles.
   Launch by_tile(const char* name, int64_t columns, int64_t segments = 1, bool pool = true) const {
     const dim3 grid(static_cast<unsigned>(tiles()), static_cast<unsigned>(tiles_of(columns)),
                     static_cast<unsigned>(segments));
-    return {name, grid, dim3(kThreads), pool ? sizeof(Pool<Precision>) : 0, stream(), &shape_};
+    return {name, grid, dim3(kThreads), pool ? sizeof(Pool<Precision>) : 0, launcher_.stream, &shape_};
   }
-  Stream stream() const { return {options_.device, options_.stream}; }
 
   template <class From, class To>
   void copy(const FeatureMap<From>& from, const FeatureMap<To>& to, int64_t channels) const {
@@ -115,76 +95,34 @@ class StagedPass {
     return packed_[m * packs_.size() + at];
   }
   void pack(const Units* units) const {
-    const Extents& e = view_.extents;
-    for (int m = 0; m < e.units; ++m) {
-      for (const Pack pack : packs_) {
-        const bool spatial = pack == Pack::spatial || pack == Pack::spatial_transposed;
-        const bool reduce = pack == Pack::reduce || pack == Pack::reduce_transposed;
-        const Wide* weight = spatial ? units[m].spatial : reduce ? units[m].reduce : units[m].project;
-        const int64_t size = pack_shape(e, pack, m).template size<Precision>();
-        launch(by_element("pack_weights", size, e.segments), pack_weights<Precision>, e, pack, m, weight,
-               reduce ? units[m].shortcut : nullptr, packed(pack, m));
-      }
+    for (int m = 0; m < view_.extents.units; ++m) {
+      for (const Pack pack : packs_) pack_unit<Precision>(launcher_, view_.extents, pack, m, units[m], packed(pack, m));
     }
   }
 
   void clear_counters() const {
-    if (counters_ > 0) launch(by_element("clear", counters_), clear, exchange_.counters, counters_);
+    if (counters_ > 0) launch(launcher_.by_element("clear", counters_), clear, exchange_.counters, counters_);
   }
 
-  template <class Pointer>
-  static std::pair<Pointer, Pointer> norm_tensors(const UnitTensors<Pointer>& unit, Norm norm) {
-    switch (norm) {
-      case Norm::reduce:
-        return {unit.reduce_weight, unit.reduce_bias};
-      case Norm::shortcut:
-        return {unit.shortcut_weight, unit.shortcut_bias};
-      case Norm::spatial:
-        return {unit.spatial_weight, unit.spatial_bias};
-      default:
-        return {unit.project_weight, unit.project_bias};
-    }
-  }
-  int channels_of(Norm norm) const {
-    return norm == Norm::reduce || norm == Norm::spatial ? view_.extents.hidden : view_.extents.segment;
-  }
   // One segment's part of the batch norms behind a stage; `unit` null: their places only.
   template <class Pointer>
   StageNorms<Pointer> stage_norms(const UnitTensors<Pointer>* unit, int64_t segment, int64_t m, Norm norm) const {
     const Extents& e = view_.extents;
     const auto one = [&](Norm which) -> typename StageNorms<Pointer>::One {
-      const int channels = channels_of(which), row = e.row(which, static_cast<int>(m));
+      const int channels = e.channels_of(which), row = e.row(which, static_cast<int>(m));
       if (unit == nullptr) return {nullptr, nullptr, channels, row};
       const auto [weight, bias] = norm_tensors(*unit, which);
       return {weight + segment * channels, bias + segment * channels, channels, row};
     };
-    StageNorms<Pointer> norms{one(norm), {}, padded(channels_of(norm))};
+    StageNorms<Pointer> norms{one(norm), {}, padded(e.channels_of(norm))};
     const bool has_shortcut = norm == Norm::reduce || norm == Norm::project;
     if (has_shortcut && e.projects(static_cast<int>(m))) norms.second = one(Norm::shortcut);
     return norms;
   }
 
-  template <class Work>
-  void for_each_norm(const Work& work) const {
-    const Extents& e = view_.extents;
-    for (int m = 0; m < e.units; ++m) {
-      for (const Norm norm : {Norm::reduce, Norm::shortcut, Norm::spatial, Norm::project}) {
-        if (norm == Norm::shortcut && !e.projects(m)) continue;
-        const int channels = channels_of(norm);
-        const NormRows rows{channels,         padded(channels), e.row(norm, m), static_cast<int>(shape_.rows()),
-                            e.z_row(norm, m), e.z_rows(),       e.segments};
-        work(norm, m, rows, static_cast<int64_t>(e.segments) * padded(channels));
-      }
-    }
-  }
   // `statistics` null: only zeros.
   void fill_tables(const Units* units, const Wide* statistics) const {
-    const Wide* var = statistics ? statistics + shape_.segments * shape_.rows() : nullptr;
-    for_each_norm([&](Norm norm, int m, const NormRows& rows, int64_t count) {
-      const auto [weight, bias] = norm_tensors(units[m], norm);
-      launch(by_element("make_tables", count), make_tables<Wide>, rows, weight, bias, statistics, var, view_.tables,
-             options_.eps);
-    });
+    gunn::fill_tables(launcher_, view_.extents, units, statistics, view_.tables, options_.eps);
   }
 
   // Pre-activations of one stage in segments [first, first + count).
@@ -204,6 +142,7 @@ class StagedPass {
 
   const LayerShape& shape_;
   const Options& options_;
+  const Launcher launcher_;
   View<Precision> view_{};
   Exchange exchange_{};
   int64_t counters_ = 0;
@@ -454,8 +393,8 @@ class StagedBackward : StagedPass<Precision> {
   void fill_slopes() const {
     const double* sums = this->options_.batch_statistics ? tensors_.sums : nullptr;
     const double* products = sums ? sums + this->shape_.segments * this->shape_.rows() : nullptr;
-    this->for_each_norm([&](Norm, int, const NormRows& rows, int64_t count) {
-      launch(this->by_element("make_slopes", count), make_slopes<Wide>, rows, sums, products,
+    for_each_norm(this->view_.extents, [&](Norm, int, const NormRows& rows, int64_t count) {
+      launch(this->launcher_.by_element("make_slopes", count), make_slopes<Wide>, rows, sums, products,
              static_cast<double>(this->options_.count), this->view_.tables);
     });
   }
@@ -521,11 +460,12 @@ class StagedBackward : StagedPass<Precision> {
     const int64_t range = round_up((pixels + parts - 1) / parts, kDepth), used = (pixels + range - 1) / range;
     const dim3 grid(static_cast<unsigned>(this->tiles_of(size.rows) * this->tiles_of(size.width)),
                     static_cast<unsigned>(used), static_cast<unsigned>(count));
-    launch(Launch{"weight_gradient", grid, dim3(kThreads), sizeof(Pool<Precision>), this->stream(), &this->shape_},
-           weight_gradient<Precision, which, first_unit>, this->view_, static_cast<int>(first), static_cast<int>(m),
-           range, partials_);
-    launch(this->by_element("sum_partials", count * (to.upper_rows + to.lower_rows) * to.width), sum_partials<Wide>,
-           partials_, used, static_cast<int>(first), static_cast<int>(count), size, to);
+    launch(
+        Launch{"weight_gradient", grid, dim3(kThreads), sizeof(Pool<Precision>), this->launcher_.stream, &this->shape_},
+        weight_gradient<Precision, which, first_unit>, this->view_, static_cast<int>(first), static_cast<int>(m), range,
+        partials_);
+    launch(this->launcher_.by_element("sum_partials", count * (to.upper_rows + to.lower_rows) * to.width),
+           sum_partials<Wide>, partials_, used, static_cast<int>(first), static_cast<int>(count), size, to);
   }
   void weights(int64_t first, int64_t count) const {
     if (!this->options_.need_parameters) return;
@@ -550,33 +490,5 @@ class StagedBackward : StagedPass<Precision> {
   Storage *saved_ = nullptr, *x_copy_ = nullptr, *y_copy_ = nullptr;
   Wide *g_ = nullptr, *partials_ = nullptr;
 };
-
-template <class Precision>
-constexpr Kernels<typename Precision::Storage, typename Precision::Wide> staged_kernels() {
-  using Storage = typename Precision::Storage;
-  using Wide = typename Precision::Wide;
-  Kernels<Storage, Wide> table{};
-  table.sizes = [](const LayerShape& shape, const Options& options, bool keep) -> Sizes {
-    return {StagedForward<Precision>::saved_rows(shape, options), shape.height * shape.width,
-            StagedForward<Precision>::workspace_bytes(shape, options, keep),
-            StagedBackward<Precision>::workspace_bytes(shape, options, keep)};
-  };
-  table.forward = [](const LayerShape& shape, const Options& options, const ForwardTensors<Storage, Wide>& tensors) {
-    StagedForward<Precision>(shape, options, tensors).run();
-  };
-  table.forward_step = [](const LayerShape& shape, const Options& options, const ForwardTensors<Storage, Wide>& tensors,
-                          Forward which, int64_t segment, int64_t unit) {
-    StagedForward<Precision>(shape, options, tensors).step(which, segment, unit);
-  };
-  table.backward = [](const LayerShape& shape, const Options& options, const BackwardTensors<Storage, Wide>& tensors) {
-    StagedBackward<Precision>(shape, options, tensors).run();
-  };
-  table.backward_step = [](const LayerShape& shape, const Options& options,
-                           const BackwardTensors<Storage, Wide>& tensors, Backward which, int64_t segment,
-                           int64_t unit) {
-    StagedBackward<Precision>(shape, options, tensors).step(which, segment, unit);
-  };
-  return table;
-}
 
 }  // namespace gunn

@@ -7,9 +7,14 @@
 namespace gunn {
 
 template <class Wide>
+GUNN_DEVICE Wide inverse_deviation(Wide var, double eps) {
+  return static_cast<Wide>(1.0 / sqrt(static_cast<double>(var) + eps));
+}
+
+template <class Wide>
 GUNN_DEVICE void set_affine(const Tables<Wide>& tables, int64_t at, Wide mean, Wide var, Wide weight, Wide bias,
                             double eps) {
-  const Wide inverse = static_cast<Wide>(1.0 / sqrt(static_cast<double>(var) + eps)), scale = weight * inverse;
+  const Wide inverse = inverse_deviation(var, eps), scale = weight * inverse;
   tables.mean[at] = mean;
   tables.inverse[at] = inverse;
   tables.scale[at] = scale;

@@ -1,8 +1,8 @@
 #include "cuda/dispatch.h"
-#include "cuda/staged.cuh"
+#include "cuda/drivers.cuh"
 
 namespace gunn {
 
-const Kernels<float> cuda_tensor_float32 = staged_kernels<TensorFloat32>();
+const Kernels<float> cuda_tensor_float32 = Drivers<TensorFloat32>::table();
 
 }  // namespace gunn

@@ -36,6 +36,9 @@ struct Extents {
 
   __host__ GUNN_DEVICE bool projects(int unit) const { return shortcut && unit == 0; }
   __host__ GUNN_DEVICE int inputs(int unit) const { return unit == 0 ? channels : segment; }
+  __host__ GUNN_DEVICE int channels_of(Norm norm) const {
+    return norm == Norm::reduce || norm == Norm::spatial ? hidden : segment;
+  }
   __host__ GUNN_DEVICE int k() const { return padded(hidden); }
   __host__ GUNN_DEVICE int s() const { return padded(segment); }
   // Columns of the reduce product: its own, and the shortcut's behind them.

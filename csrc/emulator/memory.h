@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <vector>
 
+#include "emulator/primitives.h"
+
 namespace gunn::emulator {
 
 // Bytes of a block on an H100 or H200: together, and of static arrays.
-constexpr size_t kMostShared = 227 * 1024, kMostStatic = 48 * 1024;
+constexpr size_t kMostStatic = 48 * 1024;
 
 // Every array is a heap block of its own and of exact size, so that AddressSanitizer sees its ends. All bytes start as
 // ones: a NaN in every floating-point format, and one that no arithmetic makes.

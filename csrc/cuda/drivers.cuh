@@ -1,0 +1,69 @@
+// The drivers of one dtype, and which one a call takes: a function of shape, dtype and device, never of time.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/staged.cuh"
+#include "cuda/whole.cuh"
+
+namespace gunn {
+
+// GUNN_CUDA_DRIVER=staged keeps everything on the staged driver, for comparison.
+inline bool only_staged() {
+  static const bool only = [] {
+    const char* wanted = std::getenv("GUNN_CUDA_DRIVER");
+    if (wanted == nullptr || *wanted == '\0') return false;
+    require(std::strcmp(wanted, "staged") == 0, "GUNN_CUDA_DRIVER=", wanted, ": unknown driver; expected staged.");
+    return true;
+  }();
+  return only;
+}
+
+template <class Precision>
+struct Drivers {
+  using Storage = typename Precision::Storage;
+  using Wide = typename Precision::Wide;
+  static constexpr bool kPersistent = sizeof(Storage) == 2;
+
+  static Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
+    int64_t forward = StagedForward<Precision>::workspace_bytes(shape, options, keep);
+    if constexpr (kPersistent) {
+      PersistentForward<Precision> persistent(shape, options, keep);
+      if (!only_staged() && persistent.takes()) forward = persistent.workspace_bytes();
+    }
+    return {StagedForward<Precision>::saved_rows(shape, options), shape.height * shape.width, forward,
+            StagedBackward<Precision>::workspace_bytes(shape, options, keep)};
+  }
+  static const char* forward_driver(const LayerShape& shape, const Options& options, bool keep) {
+    if constexpr (kPersistent) {
+      if (!only_staged() && PersistentForward<Precision>(shape, options, keep).takes()) return "persistent";
+    }
+    return "staged";
+  }
+  static void forward(const LayerShape& shape, const Options& options, const ForwardTensors<Storage, Wide>& tensors) {
+    if constexpr (kPersistent) {
+      PersistentForward<Precision> persistent(shape, options, tensors.saved != nullptr);
+      if (!only_staged() && persistent.takes()) return persistent.run(tensors);
+    }
+    StagedForward<Precision>(shape, options, tensors).run();
+  }
+  static void forward_step(const LayerShape& shape, const Options& options,
+                           const ForwardTensors<Storage, Wide>& tensors, Forward which, int64_t segment, int64_t unit) {
+    StagedForward<Precision>(shape, options, tensors).step(which, segment, unit);
+  }
+  static void backward(const LayerShape& shape, const Options& options, const BackwardTensors<Storage, Wide>& tensors) {
+    StagedBackward<Precision>(shape, options, tensors).run();
+  }
+  static void backward_step(const LayerShape& shape, const Options& options,
+                            const BackwardTensors<Storage, Wide>& tensors, Backward which, int64_t segment,
+                            int64_t unit) {
+    StagedBackward<Precision>(shape, options, tensors).step(which, segment, unit);
+  }
+  static constexpr Kernels<Storage, Wide> table() {
+    return {sizes, forward_driver, forward, forward_step, backward, backward_step};
+  }
+};
+
+}  // namespace gunn
