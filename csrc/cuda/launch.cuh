@@ -3,7 +3,7 @@
 // Almost everything is plain CUDA in both. What differs has one name here, a function where possible:
 //
 //   launch(Launch{name, grid, block, …}, kernel, arguments…)   instead of <<<…>>>; errors raise gunn::Error
-//   resident_blocks(launch, kernel)                            how many blocks of it the device holds at once
+//   ask(launch, kernel)                                        how many blocks of it the device holds at once
 //   GUNN_SHARED(float, tile, [32][33])                         a static __shared__ array
 //   GUNN_DYNAMIC_SHARED(float, pool)                           the dynamic shared memory
 //   grid_barrier()                                             in a cooperative launch
@@ -170,21 +170,30 @@ void launch(const Launch& how, void (*kernel)(Parameters...), Arguments&&... arg
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch", how);
 }
 
-// 0 where one block does not fit.
+// What a device has room for.
+struct Room {
+  int processors;
+  size_t shared;   // bytes that one block may ask for
+  int64_t blocks;  // of the launch, at once; 0 where one does not fit
+};
+
 template <class... Parameters>
-int64_t resident_blocks(const Launch& how, void (*kernel)(Parameters...)) {
+Room ask(const Launch& how, void (*kernel)(Parameters...)) {
   const DeviceGuard guard(how);
-  int device = 0, processors = 0, most_shared = 0, blocks = 0;
+  int device = 0, most_shared = 0, blocks = 0;
+  Room room{};
   check_cuda(cudaGetDevice(&device), "cudaGetDevice", how);
   check_cuda(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking", how);
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking", how);
-  if (how.shared > static_cast<size_t>(most_shared)) return 0;
+  check_cuda(cudaDeviceGetAttribute(&room.processors, cudaDevAttrMultiProcessorCount, device), "asking", how);
+  room.shared = most_shared;
+  if (how.shared > room.shared) return room;
   const void* function = reinterpret_cast<const void*>(kernel);
   check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared)),
              "asking for shared memory", how);
   const int threads = static_cast<int>(how.block.x * how.block.y * how.block.z);
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, how.shared), "asking", how);
-  return static_cast<int64_t>(blocks) * processors;
+  room.blocks = static_cast<int64_t>(blocks) * room.processors;
+  return room;
 }
 
 #else
@@ -207,11 +216,16 @@ void launch(const Launch& how, void (*kernel)(Parameters...), Arguments&&... arg
   }
 }
 
-// As on a GPU with few processors.
+// Each processor holds one block.
+struct Room {
+  int processors;
+  size_t shared;
+  int64_t blocks;
+};
 template <class... Parameters>
-int64_t resident_blocks(const Launch& how, void (*)(Parameters...)) {
-  constexpr int64_t kProcessors = 16;
-  return how.shared <= emulator::kMostShared ? kProcessors : 0;
+Room ask(const Launch& how, void (*)(Parameters...)) {
+  const int processors = emulator::processors();
+  return {processors, emulator::kMostShared, how.shared <= emulator::kMostShared ? processors : 0};
 }
 
 #endif

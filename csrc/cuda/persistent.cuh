@@ -1,25 +1,25 @@
-// The whole forward of a layer in one launch: one image for each block, its state in shared memory from the first
-// segment to the last.
+// The whole forward of a layer in one launch: an image, or a band of its rows, for each block, whose state stays in shared
+// memory from the first segment to the last.
 //
-// Owns:      compute block b has image b: WARPS warps of 16 * MT pixels each. Clerk blocks, behind them, have no
-// pixels:
-//            each of their warps combines rows of statistics.
+// Owns:      compute block b has band b % bands of image b / bands: WARPS warps of 16 * MT pixels each. Clerk blocks,
+//            behind them, have no pixels: each of their warps combines columns of statistics.
 // Exchanges: three a segment (reduce with shortcut, spatial, project). A compute block sends each channel's mean and
-//            squared deviations of its image as words (words.cuh); a clerk's warp takes the words of all images, in a
+//            squared deviations of its pixels as words (words.cuh); a clerk's warp takes the words of all blocks, in a
 //            fixed tree, and sends scale and shift back. Two hops through L2, no barrier of the grid. A slot is used
 //            again one segment later: by then every block has received the later exchanges of the segment, which needed
-//            every block's earlier ones to have been taken.
+//            every block's earlier ones to have been taken. Bands send the rows of z1 at their edges to each other, as
+//            words too; these slots take turns, as with given statistics nothing else keeps neighbours in step: who
+//            sends segment i + 2's rows has received i + 1's, which its neighbour sent when it had taken i's.
 // Waits:     are filled with the next segment's reduce: its product over all channels but those about to be written
 //            back. After the write-back only the steps of depth with these channels remain.
-// Needs:     all blocks resident at once: a cooperative launch. Given statistics there is nothing to exchange: no
-// clerks. Shared:    state pixels * n * 2 bytes; one segment's weights 2 * (n * (k + s) + 9 * k * k + k * s), fetched
-// ahead; the
-//            activations behind the reduce with a border of zeros.
+// Needs:     all blocks resident at once: a cooperative launch. Given statistics and whole images need nothing.
+// Shared:    state pixels * resident channels * 2 bytes; one segment's weights 2 * (n * (k + s) + 9 * k * k + k * s),
+//            fetched ahead; the activations behind the reduce with a border. Channels that find no room are streamed from
+//            a copy of the block's own in global memory, which L2 holds.
 // Registers: MT * (KT + ST) * 4 sums of the reduce ahead, MT * KT * 4 of the 3x3.
-// Costs:     x and y cross memory once. Weights come from L2 once a block and segment.
+// Costs:     x and y cross memory once. Weights, and streamed channels, come from L2 once a block and segment.
 //
-// z is rounded to storage before its moments are taken, as everywhere. 16-bit dtypes, one unit, k and s of one
-// template.
+// z is rounded to storage before its moments are taken, as everywhere. 16-bit dtypes, one unit, k and s of one template.
 #pragma once
 
 #include "cuda/tables.cuh"
@@ -43,10 +43,18 @@ struct Chain {
   UnitTensors<const float*> unit;         // batch norms
   Tables<float> tables;                   // with given statistics
   float *mean, *var;                      // (P, rows), with batch statistics
-  Word *words[kKinds], *results[kKinds];  // (columns, 2, images), (columns, 2)
+  Word *words[kKinds], *results[kKinds];  // (columns, 2, blocks), (columns, 2)
+  Word* edges;                            // (2 turns, blocks, upper and lower, width * k / 2)
+  Storage* streamed;                      // (blocks, pixels of a block, streamed channels)
   double eps;
-  int images;
+  int bands, band_rows, blocks;  // bands of an image and their rows, the last one's fewer; blocks with pixels
+  int resident;                  // channels in shared memory, a multiple of 16
   bool batch_statistics;
+
+  __host__ GUNN_DEVICE int streamed_channels() const { return (extents.channels + 15) / 16 * 16 - resident; }
+  GUNN_DEVICE int rows_of(int block) const {
+    return min(band_rows, extents.height - block % bands * band_rows);
+  }
 };
 
 // Where things lie in shared memory, in elements of 16 bits; the same function for host and device.
@@ -55,9 +63,9 @@ struct ChainLayout {
   int weights[kKinds], hidden, floats;  // begins
   int bytes;
 
-  __host__ GUNN_DEVICE ChainLayout(const Extents& extents, int pixels) {
+  __host__ GUNN_DEVICE ChainLayout(const Extents& extents, int pixels, int band_rows, int resident) {
     // Strides are odd multiples of 16 bytes: eight rows of one matrix lie in different banks.
-    state_stride = ((extents.channels + 15) / 16 * 2 | 1) * 8;
+    state_stride = (resident / 8 | 1) * 8;
     hidden_stride = (extents.k() / 8 | 1) * 8;
     int next = pixels * state_stride;
     const Pack packs[kKinds] = {Pack::reduce, Pack::spatial, Pack::project};
@@ -67,7 +75,7 @@ struct ChainLayout {
       next += shape.rows * ((shape.depth + 31) / 32) * 32;
     }
     hidden = next;
-    next += (extents.height + 2) * (extents.width + 2) * hidden_stride;
+    next += (band_rows + 2) * (extents.width + 2) * hidden_stride;
     floats = (next + 7) / 8 * 8;
     bytes = floats * 2;
   }
@@ -96,7 +104,7 @@ GUNN_DEVICE ColumnPlace place_of(const Extents& extents, Kind kind, int column) 
   return {norm, channel, real ? extents.row(norm, 0) + channel : -1};
 }
 
-template <class Precision, int KT, int ST, int WARPS, int MT>
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
 class ComputeBlock {
   using Storage = typename Precision::Storage;
   static constexpr int kThreadCount = 32 * WARPS, kPixels = 16 * WARPS * MT;
@@ -108,12 +116,14 @@ class ComputeBlock {
  public:
   GUNN_DEVICE ComputeBlock(const Chain<Precision>& chain, Storage* shared)
       : chain_(chain),
-        layout_(chain.extents, kPixels),
+        layout_(chain.extents, kPixels, chain.band_rows, chain.resident),
         shared_(shared),
         floats_(*reinterpret_cast<ChainFloats<WARPS>*>(shared + layout_.floats)),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        count_(chain.extents.height * chain.extents.width) {}
+        rows_(chain.rows_of(blockIdx.x)),
+        count_(rows_ * chain.extents.width),
+        streamed_(chain.streamed + static_cast<int64_t>(blockIdx.x) * kPixels * chain.streamed_channels()) {}
 
   GUNN_DEVICE void run() {
     const Extents& extents = chain_.extents;
@@ -136,10 +146,12 @@ class ComputeBlock {
       Packed<KT + ST> z1;
       round(ahead, z1);
       store_hidden(z1);
+      send_edges(z1, epoch);
       exchange(Kind::reduce, z1, epoch);
       if (more) fetch(Kind::reduce, i + 1);
       settle(Kind::reduce, i, epoch);
       activate_hidden();
+      receive_edges(epoch);
       __syncthreads();
 
       Sums<KT> sums = {};
@@ -208,35 +220,39 @@ class ComputeBlock {
 
   // ---- The state
 
+  // Where the state has a pixel's channel.
+  GUNN_DEVICE Storage* at(int m, int channel) const {
+    if (!streams || channel < chain_.resident) return shared_ + m * layout_.state_stride + channel;
+    return streamed_ + static_cast<int64_t>(m) * chain_.streamed_channels() + channel - chain_.resident;
+  }
+  // Pixel m of the block, from the beginning of its image.
+  template <class Scalar>
+  GUNN_DEVICE Scalar* pixel_of(const FeatureMap<Scalar>& map, int m) const {
+    const int width = chain_.extents.width, row = blockIdx.x % chain_.bands * chain_.band_rows + m / width;
+    return map.data + static_cast<int64_t>(blockIdx.x / chain_.bands) * map.batch + row * map.row +
+           m % width * map.column;
+  }
   GUNN_DEVICE void load_state() {
     const Extents& extents = chain_.extents;
-    const FeatureMap<const Storage>& x = chain_.x;
-    const Storage* image = x.data + static_cast<int64_t>(blockIdx.x) * x.batch;
-    const int channels = layout_.state_stride;
-    const bool pixels_fast = x.column < x.channel;
+    const int channels = chain_.resident + chain_.streamed_channels();
+    const bool pixels_fast = chain_.x.column < chain_.x.channel;
     for (int e = threadIdx.x; e < kPixels * channels; e += kThreadCount) {
       const int m = pixels_fast ? e % kPixels : e / channels, c = pixels_fast ? e / kPixels : e % channels;
-      Storage value = from_float<Storage>(0.0f);
-      if (m < count_ && c < extents.channels) {
-        value = image[m / extents.width * x.row + m % extents.width * x.column + c * x.channel];
-      }
-      shared_[m * channels + c] = value;
+      const bool real = m < count_ && c < extents.channels;
+      *at(m, c) = real ? pixel_of(chain_.x, m)[c * chain_.x.channel] : from_float<Storage>(0.0f);
     }
-    const int border = (extents.height + 2) * (extents.width + 2) * layout_.hidden_stride;
+    const int border = (chain_.band_rows + 2) * (extents.width + 2) * layout_.hidden_stride;
     for (int e = threadIdx.x; e < border; e += kThreadCount) {
       shared_[layout_.hidden + e] = from_float<Storage>(0.0f);
     }
   }
   GUNN_DEVICE void store_state() const {
     const Extents& extents = chain_.extents;
-    const FeatureMap<Storage>& y = chain_.y;
-    Storage* image = y.data + static_cast<int64_t>(blockIdx.x) * y.batch;
-    const bool pixels_fast = y.column < y.channel;
+    const bool pixels_fast = chain_.y.column < chain_.y.channel;
     for (int e = threadIdx.x; e < count_ * extents.channels; e += kThreadCount) {
       const int m = pixels_fast ? e % count_ : e / extents.channels;
       const int c = pixels_fast ? e / count_ : e % extents.channels;
-      image[m / extents.width * y.row + m % extents.width * y.column + c * y.channel] =
-          shared_[m * layout_.state_stride + c];
+      pixel_of(chain_.y, m)[c * chain_.y.channel] = *at(m, c);
     }
   }
 
@@ -252,10 +268,18 @@ class ComputeBlock {
   GUNN_DEVICE void reduce_step(Sums<KT + ST>& sums, int step) const {
     const int rows = chain_.extents.reduce_columns(0), matrix = lane_ / 8;
     uint32_t a[MT][4];
-    GUNN_UNROLL
-    for (int mt = 0; mt < MT; ++mt) {
-      const int row = first_row(mt) + matrix % 2 * 8 + lane_ % 8;
-      load_matrices<false>(a[mt], shared_ + row * layout_.state_stride + step * 16 + matrix / 2 * 8);
+    if (!streams || 16 * step < chain_.resident) {
+      GUNN_UNROLL
+      for (int mt = 0; mt < MT; ++mt) {
+        const int row = first_row(mt) + matrix % 2 * 8 + lane_ % 8;
+        load_matrices<false>(a[mt], shared_ + row * layout_.state_stride + step * 16 + matrix / 2 * 8);
+      }
+    } else {
+      each_row([&](int mt, int half, int m) {
+        const Storage* from = at(m, 16 * step + 2 * (lane_ % 4));
+        a[mt][half] = *reinterpret_cast<const uint32_t*>(from);
+        a[mt][half + 2] = *reinterpret_cast<const uint32_t*>(from + 8);
+      });
     }
     GUNN_UNROLL
     for (int n = 0; n < KT + ST; n += 2) {
@@ -309,6 +333,38 @@ class ComputeBlock {
       }
       static_cast<void>(mt), static_cast<void>(half);
     });
+  }
+  // The band's first and last row of z1, raw, for the bands beside it.
+  GUNN_DEVICE Word* edge(int block, int lower, unsigned epoch) const {
+    const int64_t words = chain_.extents.width * 4 * KT;
+    return chain_.edges + ((epoch % 2 * chain_.blocks + block) * 2 + lower) * words;
+  }
+  GUNN_DEVICE void send_edges(const Packed<KT + ST>& z1, unsigned epoch) const {
+    if (chain_.bands == 1) return;
+    const int width = chain_.extents.width;
+    each_row([&](int mt, int half, int m) {
+      for (int lower = 0; lower < 2; ++lower) {
+        if (m >= count_ || m / width != (lower ? rows_ - 1 : 0)) continue;
+        Word* to = edge(blockIdx.x, lower, epoch) + m % width * 4 * KT + lane_ % 4;
+        GUNN_UNROLL
+        for (int n = 0; n < KT; ++n) send_bits(to + 4 * n, z1[mt][n][half], epoch);
+      }
+    });
+  }
+  GUNN_DEVICE void receive_edges(unsigned epoch) const {
+    const int band = blockIdx.x % chain_.bands, width = chain_.extents.width;
+    for (int lower = 0; lower < 2; ++lower) {
+      if (band == (lower ? chain_.bands - 1 : 0)) continue;
+      // The upper neighbour's lower edge goes above the first row, the lower one's upper edge below the last.
+      const Word* from = edge(blockIdx.x + (lower ? 1 : -1), 1 - lower, epoch);
+      Storage* row = shared_ + layout_.hidden + (lower ? rows_ + 1 : 0) * (width + 2) * layout_.hidden_stride;
+      for (int e = threadIdx.x; e < width * 4 * KT; e += kThreadCount) {
+        const int column = e / (4 * KT), pair = e % (4 * KT);
+        const uint32_t raw = receive_bits(from + e, epoch, "a neighbour's row");
+        *reinterpret_cast<uint32_t*>(row + (column + 1) * layout_.hidden_stride + 2 * pair) =
+            activate_columns(Kind::reduce, 2 * pair, raw);
+      }
+    }
   }
   GUNN_DEVICE void spatial_steps(Sums<KT>& sums) const {
     constexpr int kGroups = 9 * KT;  // of 8 channels of a tap
@@ -368,8 +424,11 @@ class ComputeBlock {
     const int k = static_cast<int>(kind);
     return value * floats_.scale[k][column] + floats_.shift[k][column];
   }
+  GUNN_DEVICE uint32_t activate_columns(Kind kind, int column, uint32_t pair) const {
+    return pack(relu(normed(kind, column, low(pair))), relu(normed(kind, column + 1, high(pair))));
+  }
   GUNN_DEVICE uint32_t activate(Kind kind, int tile, uint32_t pair) const {
-    return pack(relu(normed(kind, column(tile), low(pair))), relu(normed(kind, column(tile) + 1, high(pair))));
+    return activate_columns(kind, column(tile), pair);
   }
   template <int tiles>
   static GUNN_DEVICE void round(const Sums<tiles>& sums, Packed<tiles>& z) {
@@ -435,9 +494,9 @@ class ComputeBlock {
         const float apart = floats_.mean[warp][mine] - mean;
         squares += floats_.squares[warp][mine] + values(warp) * (apart * apart);
       }
-      Word* words = chain_.words[static_cast<int>(kind)] + 2 * mine * chain_.images + blockIdx.x;
+      Word* words = chain_.words[static_cast<int>(kind)] + 2 * mine * chain_.blocks + blockIdx.x;
       send(words, mean, epoch);
-      send(words + chain_.images, squares, epoch);
+      send(words + chain_.blocks, squares, epoch);
     }
   }
   // Scale and shift of the stage, for every thread.
@@ -466,7 +525,6 @@ class ComputeBlock {
     const Extents& extents = chain_.extents;
     each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
-      Storage* to = shared_ + m * layout_.state_stride + segment * extents.segment;
       GUNN_UNROLL
       for (int n = 0; n < ST; ++n) {
         GUNN_UNROLL
@@ -479,8 +537,9 @@ class ComputeBlock {
             out += normed(Kind::reduce, 8 * KT + channel, j == 0 ? low(pair) : high(pair));
           }
           out = to_float(from_float<Storage>(out));
-          if (extents.residual) out += to_float(to[channel]);
-          to[channel] = from_float<Storage>(out);
+          Storage* to = at(m, segment * extents.segment + channel);
+          if (extents.residual) out += to_float(*to);
+          *to = from_float<Storage>(out);
         }
       }
     });
@@ -490,7 +549,8 @@ class ComputeBlock {
   const ChainLayout layout_;
   Storage* shared_;
   ChainFloats<WARPS>& floats_;
-  const int warp_, lane_, count_;
+  const int warp_, lane_, rows_, count_;
+  Storage* streamed_;
   int pixel_[MT];
 };
 
@@ -498,10 +558,11 @@ class ComputeBlock {
 template <class Precision, int KT, int ST, int WARPS>
 GUNN_DEVICE void combine_statistics(const Chain<Precision>& chain) {
   const Extents& extents = chain.extents;
-  const int lane = threadIdx.x % 32, images = chain.images;
-  const int mine = (blockIdx.x - images) * WARPS + threadIdx.x / 32, clerks = (gridDim.x - images) * WARPS;
+  const int lane = threadIdx.x % 32, blocks = chain.blocks;
+  const int mine = (blockIdx.x - blocks) * WARPS + threadIdx.x / 32, clerks = (gridDim.x - blocks) * WARPS;
   const int columns[kKinds] = {8 * (KT + ST), 8 * KT, 8 * ST};
-  const float in_image = static_cast<float>(extents.height * extents.width);
+  const float all = static_cast<float>(extents.pixels);
+  const auto values = [&](int block) { return static_cast<float>(chain.rows_of(block) * extents.width); };
   const auto over_lanes = [](float value) {
     GUNN_UNROLL
     for (int bits = 1; bits < 32; bits *= 2) value += __shfl_xor_sync(~0u, value, bits);
@@ -513,17 +574,16 @@ GUNN_DEVICE void combine_statistics(const Chain<Precision>& chain) {
       for (int column = mine; column < columns[k]; column += clerks) {
         const ColumnPlace place = place_of(extents, static_cast<Kind>(k), column);
         if (place.row < 0) continue;
-        const Word* words = chain.words[k] + 2 * column * images;
-        // Every image has the same weight. The first pass leaves what it received for the second.
+        const Word* words = chain.words[k] + 2 * column * blocks;
         float sum = 0;
-        for (int image = lane; image < images; image += 32) sum += receive(words + image, epoch, "an image's mean");
-        const float mean = over_lanes(sum) / static_cast<float>(images);
+        for (int b = lane; b < blocks; b += 32) sum += values(b) * receive(words + b, epoch, "a block's mean");
+        const float mean = over_lanes(sum) / all;
         float squares = 0;
-        for (int image = lane; image < images; image += 32) {
-          const float apart = receive(words + image, epoch, "an image's mean") - mean;
-          squares += receive(words + images + image, epoch, "an image's deviations") + in_image * (apart * apart);
+        for (int b = lane; b < blocks; b += 32) {
+          const float apart = receive(words + b, epoch, "a block's mean") - mean;
+          squares += receive(words + blocks + b, epoch, "a block's deviations") + values(b) * (apart * apart);
         }
-        const float var = over_lanes(squares) / (in_image * static_cast<float>(images));
+        const float var = over_lanes(squares) / all;
         if (lane != 0) continue;
         const int64_t at = static_cast<int64_t>(i) * extents.channels_of(place.norm) + place.channel;
         const UnitTensors<const float*>& unit = chain.unit;
@@ -545,11 +605,11 @@ GUNN_DEVICE void combine_statistics(const Chain<Precision>& chain) {
   }
 }
 
-template <class Precision, int KT, int ST, int WARPS, int MT>
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
 __global__ void __launch_bounds__(32 * WARPS, 1) persistent_forward(Chain<Precision> chain) {
-  if (static_cast<int>(blockIdx.x) >= chain.images) return combine_statistics<Precision, KT, ST, WARPS>(chain);
+  if (static_cast<int>(blockIdx.x) >= chain.blocks) return combine_statistics<Precision, KT, ST, WARPS>(chain);
   GUNN_DYNAMIC_SHARED(typename Precision::Storage, shared);
-  ComputeBlock<Precision, KT, ST, WARPS, MT>(chain, shared).run();
+  ComputeBlock<Precision, KT, ST, WARPS, MT, streams>(chain, shared).run();
 }
 
 }  // namespace gunn

@@ -41,9 +41,10 @@ class PersistentForward {
     chain_.unit = tensors.units[0];
     chain_.mean = tensors.statistics, chain_.var = tensors.statistics + shape_.segments * shape_.rows();
     chain_.eps = options_.eps;
-    if (options_.batch_statistics) {
+    if (how_.cooperative) {
       launch(launcher_.by_element("clear", clear_words_), clear, reinterpret_cast<unsigned*>(words_), clear_words_);
-    } else {
+    }
+    if (!options_.batch_statistics) {
       fill_tables(launcher_, chain_.extents, tensors.units, const_cast<const float*>(tensors.statistics), chain_.tables,
                   options_.eps);
     }
@@ -53,35 +54,61 @@ class PersistentForward {
  private:
   static constexpr Pack kPacks[kKinds] = {Pack::reduce, Pack::spatial, Pack::project};
 
-  template <int KT, int ST, int WARPS, int MT>
-  void consider() {
+  // A block of 16 * WARPS * MT pixels, if the layer has its k and s, and all its blocks are resident at once; `spread`:
+  // if moreover each has a processor to itself. Channels that find no room are streamed, at most half of them.
+  template <int KT, int ST, int WARPS, int MT, bool streams>
+  void consider(bool spread) {
     const Extents& e = chain_.extents;
-    if (kernel_ != nullptr || e.k() != 8 * KT || e.s() != 8 * ST) return;
-    if (shape_.height * shape_.width > 16 * WARPS * MT) return;
-    const size_t shared = ChainLayout(e, 16 * WARPS * MT).bytes + sizeof(ChainFloats<WARPS>);
-    how_ = {"persistent_forward", dim3(static_cast<unsigned>(shape_.batch)),
-            dim3(32 * WARPS),     shared,
-            launcher_.stream,     &shape_};
-    const Kernel kernel = persistent_forward<Precision, KT, ST, WARPS, MT>;
-    const int64_t resident = resident_blocks(how_, kernel);
-    if (resident == 0) return;
-    chain_.images = static_cast<int>(shape_.batch);
-    chain_.batch_statistics = options_.batch_statistics;
+    constexpr int kPixels = 16 * WARPS * MT;
+    if (kernel_ != nullptr || e.k() != 8 * KT || e.s() != 8 * ST || e.width > kPixels) return;
+    const Kernel kernel = persistent_forward<Precision, KT, ST, WARPS, MT, streams>;
+    how_ = {"persistent_forward", dim3(1), dim3(32 * WARPS), 0, launcher_.stream, &shape_};
+    const size_t most = ask(how_, kernel).shared;
+    Chain<Precision> chain = chain_;
+    chain.band_rows = std::min(e.height, kPixels / e.width);
+    chain.bands = (e.height + chain.band_rows - 1) / chain.band_rows;
+    chain.band_rows = (e.height + chain.bands - 1) / chain.bands;  // as equal as may be
+    chain.resident = (e.channels + 15) / 16 * 16;
+    const auto shared = [&] {
+      return ChainLayout(e, kPixels, chain.band_rows, chain.resident).bytes + sizeof(ChainFloats<WARPS>);
+    };
+    while (streams && shared() > most && 2 * chain.resident > e.channels) chain.resident -= 16;
+    if (shared() > most || (streams && chain.streamed_channels() == 0)) return;
+    how_.shared = shared();
+    const Room room = ask(how_, kernel);
+    const int64_t places = spread ? std::min<int64_t>(room.blocks, room.processors) : room.blocks;
+    const int64_t blocks = shape_.batch * chain.bands;
+    int64_t clerks = 0;
     if (options_.batch_statistics) {
-      const int64_t wanted = (8 * (KT + ST) + WARPS - 1) / WARPS, clerks = std::min(wanted, resident - shape_.batch);
+      clerks = std::min<int64_t>((8 * (KT + ST) + WARPS - 1) / WARPS, places - blocks);
       if (clerks < 1) return;
-      how_.grid = dim3(static_cast<unsigned>(shape_.batch + clerks));
-      how_.cooperative = true;
+    } else if (chain.bands > 1 && blocks > places) {
+      return;
     }
+    if (blocks + clerks > INT32_MAX) return;
+    how_.cooperative = clerks > 0 || chain.bands > 1;
+    how_.grid = dim3(static_cast<unsigned>(blocks + clerks));
+    chain.blocks = static_cast<int>(blocks);
+    chain.batch_statistics = options_.batch_statistics;
+    chain_ = chain;
     kernel_ = kernel;
+    tiles_of_warp_ = MT;
   }
-  // The smallest block that holds an image. Large images never fit, and their sizes not either.
+  template <int KT, int ST>
+  void consider_all(bool spread) {
+    consider<KT, ST, 4, 1, false>(spread);
+    consider<KT, ST, 8, 1, false>(spread);
+    consider<KT, ST, 8, 2, false>(spread);
+    consider<KT, ST, 8, 4, false>(spread);
+    consider<KT, ST, 8, 4, true>(spread);
+  }
+  // Small blocks first: more of them share the work.
   void choose() {
-    if (shape_.height * shape_.width > 256 || shape_.channels > 4096 || shape_.batch > INT32_MAX) return;
-    consider<3, 2, 4, 1>();
-    consider<3, 2, 8, 2>();
-    consider<1, 1, 4, 1>();
-    consider<1, 1, 8, 2>();
+    if (shape_.channels > 4096 || shape_.width > 512 || shape_.height > 4096) return;
+    for (const bool spread : {true, false}) {
+      consider_all<3, 2>(spread);
+      consider_all<1, 1>(spread);
+    }
   }
 
   void take(Arena& arena) {
@@ -95,14 +122,18 @@ class PersistentForward {
     for (float** each : {&tables.mean, &tables.scale, &tables.shift, &tables.inverse}) *each = arena.take<float>(table);
     const int64_t columns[kKinds] = {e.reduce_columns(0), e.k(), e.s()};
     int64_t words = 0;
-    for (const int64_t each : columns) words += 2 * each * (chain_.images + 1);
+    for (const int64_t each : columns) words += 2 * each * (chain_.blocks + 1);
+    if (chain_.bands > 1) words += int64_t{4} * chain_.blocks * e.width * e.k() / 2;
     words_ = arena.take<Word>(words);
     clear_words_ = 2 * words;
     Word* next = words_;
     for (int k = 0; k < kKinds; ++k) {
-      chain_.words[k] = next, next += 2 * columns[k] * chain_.images;
+      chain_.words[k] = next, next += 2 * columns[k] * chain_.blocks;
       chain_.results[k] = next, next += 2 * columns[k];
     }
+    chain_.edges = next;
+    const int64_t pixels = int64_t{16} * tiles_of_warp_ * how_.block.x / 32;
+    chain_.streamed = arena.take<Storage>(chain_.blocks * pixels * chain_.streamed_channels());
   }
 
   const LayerShape& shape_;
@@ -114,6 +145,7 @@ class PersistentForward {
   Storage* packed_[kKinds] = {};
   Word* words_ = nullptr;
   int64_t clear_words_ = 0;
+  int tiles_of_warp_ = 0;  // MT
 };
 
 }  // namespace gunn

@@ -3,6 +3,7 @@
 //   GUNN_EMULATOR_SEED      a number: threads and blocks run in an order drawn with it; unset: in their own order
 //   GUNN_EMULATOR_WORKERS   OS threads for the blocks of ordinary launches, 1 unless set
 //   GUNN_EMULATOR_STACK_KB  stack of each CUDA thread, 256 unless set
+//   GUNN_EMULATOR_PROCESSORS  multiprocessors that the device claims to have, 16 unless set
 //
 // All are read at every launch. The results of a right kernel depend on none of them.
 #include <algorithm>
@@ -117,6 +118,8 @@ class Dealer {
 };
 
 }  // namespace
+
+int processors() { return static_cast<int>(number_from("GUNN_EMULATOR_PROCESSORS").value_or(16)); }
 
 void run(const Configuration& configuration, void (*body)(void*), void* arguments) {
   check(configuration);
