@@ -41,9 +41,11 @@
 #include <cstdio>
 #include <cstring>
 #define GUNN_UNROLL _Pragma("unroll")
+#define GUNN_ROLLED _Pragma("unroll 1")
 #else
 #include "emulator/emulator.h"
 #define GUNN_UNROLL _Pragma("GCC unroll 32")
+#define GUNN_ROLLED _Pragma("GCC unroll 1")
 #endif
 
 #define GUNN_DEVICE __device__ __forceinline__

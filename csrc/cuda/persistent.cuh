@@ -1,5 +1,5 @@
-// The whole forward of a layer in one launch: an image, or a band of its rows, for each block, whose state stays in shared
-// memory from the first segment to the last.
+// The whole forward of a layer in one launch: an image, or a band of its rows, for each block, whose state stays in
+// shared memory from the first segment to the last.
 //
 // Owns:      compute block b has band b % bands of image b / bands: WARPS warps of 16 * MT pixels each. Clerk blocks,
 //            behind them, have no pixels: each of their warps combines columns of statistics.
@@ -14,12 +14,13 @@
 //            back. After the write-back only the steps of depth with these channels remain.
 // Needs:     all blocks resident at once: a cooperative launch. Given statistics and whole images need nothing.
 // Shared:    state pixels * resident channels * 2 bytes; one segment's weights 2 * (n * (k + s) + 9 * k * k + k * s),
-//            fetched ahead; the activations behind the reduce with a border. Channels that find no room are streamed from
-//            a copy of the block's own in global memory, which L2 holds.
+//            fetched ahead; the activations behind the reduce with a border. Channels that find no room are streamed
+//            from a copy of the block's own in global memory, which L2 holds.
 // Registers: MT * (KT + ST) * 4 sums of the reduce ahead, MT * KT * 4 of the 3x3.
 // Costs:     x and y cross memory once. Weights, and streamed channels, come from L2 once a block and segment.
 //
-// z is rounded to storage before its moments are taken, as everywhere. 16-bit dtypes, one unit, k and s of one template.
+// z is rounded to storage before its moments are taken, as everywhere. 16-bit dtypes, one unit, k and s of one
+// template.
 #pragma once
 
 #include "cuda/tables.cuh"
@@ -30,6 +31,10 @@ namespace gunn {
 
 enum class Kind { reduce, spatial, project };
 constexpr int kKinds = 3, kMostColumns = 64;
+
+__host__ GUNN_DEVICE Pack pack_of(Kind kind) {
+  return kind == Kind::reduce ? Pack::reduce : kind == Kind::spatial ? Pack::spatial : Pack::project;
+}
 
 // What the launch is told.
 template <class Precision>
@@ -52,9 +57,7 @@ struct Chain {
   bool batch_statistics;
 
   __host__ GUNN_DEVICE int streamed_channels() const { return (extents.channels + 15) / 16 * 16 - resident; }
-  GUNN_DEVICE int rows_of(int block) const {
-    return min(band_rows, extents.height - block % bands * band_rows);
-  }
+  GUNN_DEVICE int rows_of(int block) const { return min(band_rows, extents.height - block % bands * band_rows); }
 };
 
 // Where things lie in shared memory, in elements of 16 bits; the same function for host and device.
@@ -68,9 +71,8 @@ struct ChainLayout {
     state_stride = (resident / 8 | 1) * 8;
     hidden_stride = (extents.k() / 8 | 1) * 8;
     int next = pixels * state_stride;
-    const Pack packs[kKinds] = {Pack::reduce, Pack::spatial, Pack::project};
     for (int kind = 0; kind < kKinds; ++kind) {
-      const PackShape shape = pack_shape(extents, packs[kind], 0);
+      const PackShape shape = pack_shape(extents, pack_of(static_cast<Kind>(kind)), 0);
       weights[kind] = next;
       next += shape.rows * ((shape.depth + 31) / 32) * 32;
     }
@@ -202,8 +204,7 @@ class ComputeBlock {
   static GUNN_DEVICE int piece(int row, int piece) { return row * 32 + (piece ^ (row >> 1 & 3)) * 8; }
 
   GUNN_DEVICE void fetch(Kind kind, int segment) const {
-    const Pack pack = kind == Kind::reduce ? Pack::reduce : kind == Kind::spatial ? Pack::spatial : Pack::project;
-    const PackShape shape = pack_shape(chain_.extents, pack, 0);
+    const PackShape shape = pack_shape(chain_.extents, pack_of(kind), 0);
     const int pieces = static_cast<int>(shape.size<Precision>() / 8);
     const Storage* from = chain_.packed[static_cast<int>(kind)] + segment * shape.size<Precision>();
     Storage* to = weights(kind);
@@ -258,11 +259,13 @@ class ComputeBlock {
 
   // Steps of 16 channels in [from, to), but for those in [first_late, last_late].
   GUNN_DEVICE void reduce_steps(Sums<KT + ST>& sums, int from, int to, int first_late, int last_late) const {
+    GUNN_ROLLED
     for (int step = from; step < to; ++step) {
       if (step < first_late || step > last_late) reduce_step(sums, step);
     }
   }
   GUNN_DEVICE void reduce_steps_of(Sums<KT + ST>& sums, int first, int last) const {
+    GUNN_ROLLED
     for (int step = first; step <= last; ++step) reduce_step(sums, step);
   }
   GUNN_DEVICE void reduce_step(Sums<KT + ST>& sums, int step) const {
@@ -369,6 +372,7 @@ class ComputeBlock {
   GUNN_DEVICE void spatial_steps(Sums<KT>& sums) const {
     constexpr int kGroups = 9 * KT;  // of 8 channels of a tap
     const int row = (chain_.extents.width + 2) * layout_.hidden_stride, matrix = lane_ / 8;
+    GUNN_ROLLED
     for (int step = 0; step < (kGroups + 1) / 2; ++step) {
       const int group = min(2 * step + matrix / 2, kGroups - 1), tap = group / KT;
       const int offset = (tap / 3 - 1) * row + (tap % 3 - 1) * layout_.hidden_stride + group % KT * 8;
@@ -560,7 +564,6 @@ GUNN_DEVICE void combine_statistics(const Chain<Precision>& chain) {
   const Extents& extents = chain.extents;
   const int lane = threadIdx.x % 32, blocks = chain.blocks;
   const int mine = (blockIdx.x - blocks) * WARPS + threadIdx.x / 32, clerks = (gridDim.x - blocks) * WARPS;
-  const int columns[kKinds] = {8 * (KT + ST), 8 * KT, 8 * ST};
   const float all = static_cast<float>(extents.pixels);
   const auto values = [&](int block) { return static_cast<float>(chain.rows_of(block) * extents.width); };
   const auto over_lanes = [](float value) {
@@ -570,8 +573,10 @@ GUNN_DEVICE void combine_statistics(const Chain<Precision>& chain) {
   };
   for (int i = 0; i < extents.segments; ++i) {
     const unsigned epoch = i + 1;
+    GUNN_UNROLL
     for (int k = 0; k < kKinds; ++k) {
-      for (int column = mine; column < columns[k]; column += clerks) {
+      const int columns = 8 * (k == 0 ? KT + ST : k == 1 ? KT : ST);
+      for (int column = mine; column < columns; column += clerks) {
         const ColumnPlace place = place_of(extents, static_cast<Kind>(k), column);
         if (place.row < 0) continue;
         const Word* words = chain.words[k] + 2 * column * blocks;

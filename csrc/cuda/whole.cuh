@@ -35,7 +35,7 @@ class PersistentForward {
     Arena arena(tensors.workspace);
     take(arena);
     for (int k = 0; k < kKinds; ++k) {
-      pack_unit<Precision>(launcher_, chain_.extents, kPacks[k], 0, tensors.units[0], packed_[k]);
+      pack_unit<Precision>(launcher_, chain_.extents, pack_of(static_cast<Kind>(k)), 0, tensors.units[0], packed_[k]);
     }
     chain_.x = tensors.x, chain_.y = tensors.y;
     chain_.unit = tensors.units[0];
@@ -52,8 +52,6 @@ class PersistentForward {
   }
 
  private:
-  static constexpr Pack kPacks[kKinds] = {Pack::reduce, Pack::spatial, Pack::project};
-
   // A block of 16 * WARPS * MT pixels, if the layer has its k and s, and all its blocks are resident at once; `spread`:
   // if moreover each has a processor to itself. Channels that find no room are streamed, at most half of them.
   template <int KT, int ST, int WARPS, int MT, bool streams>
@@ -114,7 +112,7 @@ class PersistentForward {
   void take(Arena& arena) {
     const Extents& e = chain_.extents;
     for (int k = 0; k < kKinds; ++k) {
-      packed_[k] = arena.take<Storage>(packed_size<Precision>(e, kPacks[k], 0));
+      packed_[k] = arena.take<Storage>(packed_size<Precision>(e, pack_of(static_cast<Kind>(k)), 0));
       chain_.packed[k] = packed_[k];
     }
     const int64_t table = static_cast<int64_t>(e.segments) * e.z_rows();

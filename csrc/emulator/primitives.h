@@ -43,7 +43,7 @@ unsigned ballot(const char* name, unsigned mask, bool vote, Site site);
 void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site);
 unsigned lane();
 
-int processors();                          // of the device
+int processors();                           // of the device
 constexpr size_t kMostShared = 227 * 1024;  // bytes of one block, as on sm_90
 
 // Shared memory: heap blocks of exact size, filled with ones (a NaN in every format) when the block starts.
