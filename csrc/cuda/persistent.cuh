@@ -123,8 +123,7 @@ class ComputeBlock {
         floats_(*reinterpret_cast<ChainFloats<WARPS>*>(shared + layout_.floats)),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        rows_(chain.rows_of(blockIdx.x)),
-        count_(rows_ * chain.extents.width),
+        count_(chain.rows_of(blockIdx.x) * chain.extents.width),
         streamed_(chain.streamed + static_cast<int64_t>(blockIdx.x) * kPixels * chain.streamed_channels()) {}
 
   GUNN_DEVICE void run() {
@@ -344,10 +343,10 @@ class ComputeBlock {
   }
   GUNN_DEVICE void send_edges(const Packed<KT + ST>& z1, unsigned epoch) const {
     if (chain_.bands == 1) return;
-    const int width = chain_.extents.width;
+    const int width = chain_.extents.width, rows = chain_.rows_of(blockIdx.x);
     each_row([&](int mt, int half, int m) {
       for (int lower = 0; lower < 2; ++lower) {
-        if (m >= count_ || m / width != (lower ? rows_ - 1 : 0)) continue;
+        if (m >= count_ || m / width != (lower ? rows - 1 : 0)) continue;
         Word* to = edge(blockIdx.x, lower, epoch) + m % width * 4 * KT + lane_ % 4;
         GUNN_UNROLL
         for (int n = 0; n < KT; ++n) send_bits(to + 4 * n, z1[mt][n][half], epoch);
@@ -360,7 +359,8 @@ class ComputeBlock {
       if (band == (lower ? chain_.bands - 1 : 0)) continue;
       // The upper neighbour's lower edge goes above the first row, the lower one's upper edge below the last.
       const Word* from = edge(blockIdx.x + (lower ? 1 : -1), 1 - lower, epoch);
-      Storage* row = shared_ + layout_.hidden + (lower ? rows_ + 1 : 0) * (width + 2) * layout_.hidden_stride;
+      Storage* row =
+          shared_ + layout_.hidden + (lower ? chain_.rows_of(blockIdx.x) + 1 : 0) * (width + 2) * layout_.hidden_stride;
       for (int e = threadIdx.x; e < width * 4 * KT; e += kThreadCount) {
         const int column = e / (4 * KT), pair = e % (4 * KT);
         const uint32_t raw = receive_bits(from + e, epoch, "a neighbour's row");
@@ -553,7 +553,7 @@ class ComputeBlock {
   const ChainLayout layout_;
   Storage* shared_;
   ChainFloats<WARPS>& floats_;
-  const int warp_, lane_, rows_, count_;
+  const int warp_, lane_, count_;
   Storage* streamed_;
   int pixel_[MT];
 };
