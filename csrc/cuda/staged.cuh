@@ -50,6 +50,7 @@ class StagedPass {
     e.hidden = static_cast<int>(shape.hidden()), e.segments = static_cast<int>(shape.segments);
     e.units = static_cast<int>(shape.units);
     e.shortcut = shape.shortcut, e.residual = shape.residual;
+    view_.batch_statistics = options.batch_statistics;
     exchange_.tiles = tiles();
     exchange_.groups = Exchange::count_groups(tiles());
   }
