@@ -37,7 +37,7 @@ struct StageNorms {
   };
   GUNN_DEVICE Channel at(int column) const {
     const bool behind = column >= split;
-    const One& norm = behind ? second : first;
+    const One norm = behind ? second : first;  // a reference to one of two would put both in local memory
     const int channel = behind ? column - split : column;
     const bool real = channel < norm.channels;
     if (!real || norm.weight == nullptr) return {nullptr, nullptr, norm.row + channel, real};

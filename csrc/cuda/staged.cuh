@@ -37,6 +37,7 @@ class StagedPass {
       : shape_(shape), options_(options), launcher_(shape, options) {
     static_assert(sizeof(Pool<Precision>) <= 48 * 1024, "more shared memory has to be asked for");
     view_.extents = extents_of(shape);
+    view_.batch_statistics = options.batch_statistics;
     exchange_.tiles = tiles();
     exchange_.groups = Exchange::count_groups(tiles());
   }

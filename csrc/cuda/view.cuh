@@ -80,6 +80,7 @@ struct View {
   const Storage *x, *y;  // the state's pixels
   int64_t x_step, y_step;
   int first_segment;
+  bool batch_statistics;  // so that gradients flow through them
   Storage *z, *d;
   Tables<Wide> tables;
 
@@ -316,6 +317,11 @@ struct GradientOfInput {
     if (!column.tap.lead(view.extents, window, m, &pixel)) return set_zero<Precision>(out);
     Values<Precision> gradient;
     read<Precision>(d + pixel * view.extents.d_rows() + column.d_row, gradient);
+    if (!view.batch_statistics) {  // z has no part in it, nor has a NaN there
+      GUNN_UNROLL
+      for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = gradient[v] * column.a[v];
+      return;
+    }
     read<Precision>(z + pixel * view.extents.z_rows() + column.tap.channel, out);
     GUNN_UNROLL
     for (int v = 0; v < Pool<Precision>::kVector; ++v) {

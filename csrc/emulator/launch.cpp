@@ -85,6 +85,7 @@ class Dealer {
 
   void work() {
     std::unique_ptr<Team> team = pool.take();
+    release(job_.started);  // the OS thread's own variables come first: its fibers may have lived on another before
     bool spent = false;
     try {
       for (std::optional<unsigned> next = deal(); next; next = deal()) team->run(job_, *next);
