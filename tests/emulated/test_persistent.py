@@ -1,0 +1,140 @@
+"""The persistent forward: which layers it takes, that it computes what the staged driver does, in every way it can."""
+
+from dataclasses import replace
+
+import laws
+import pytest
+import torch
+from laws import layer_of, sample_for
+from tolerance import Case, run_sample, tensor_float
+
+from gunn_ext import GunnLayer, ops
+
+WIDE = Case(36, 3, batch=2, height=8, width=8)  # k 24, s 12: blocks of 64 pixels, one image each
+NARROW = Case(9, 9, batch=3, height=6, width=6)  # k 2, s 1
+BANDS = Case(36, 3, batch=2, height=16, width=16)  # four bands of 4 rows
+UNEVEN = Case(24, 2, batch=1, height=33, width=17)  # eleven bands of 3 rows: 51 of 64 pixels
+CASES = [
+    WIDE,
+    NARROW,
+    BANDS,
+    UNEVEN,
+    replace(BANDS, shortcut=False),
+    replace(WIDE, residual=False),
+    Case(12, 2, expansion=1, batch=3, height=5, width=7),
+    Case(10, 2, expansion=1, shortcut=False, batch=1, height=1, width=43),
+    Case(48, 4, batch=2, height=9, width=8),  # two bands, of 5 rows and of 4
+]
+PRECISIONS = ["bfloat16", "float16"]
+
+
+@pytest.fixture(autouse=True)
+def emulated_kernels(core, monkeypatch):
+    """Tensors of the CPU run on the CUDA kernels, of a device with 16 multiprocessors."""
+    monkeypatch.setitem(ops._BACKENDS, "cpu", ops.CudaBackend(core))
+    with tensor_float(False):
+        yield
+
+
+@pytest.fixture
+def driver(core):
+    def driver(case, dtype="bfloat16", keep=False):
+        shape = core.LayerShape(
+            batch=case.batch,
+            channels=case.channels,
+            height=case.height,
+            width=case.width,
+            segments=case.segments,
+            expansion=case.expansion,
+            units=case.units,
+            shortcut=case.shortcut,
+            residual=case.residual,
+        )
+        options = core.Options(shape, batch_statistics=case.mode == "train", eps=1e-5, threads=1, device=0)
+        return core.forward_driver(shape, options, dtype, keep)
+
+    return driver
+
+
+def processors(monkeypatch, count):
+    monkeypatch.setenv("GUNN_EMULATOR_PROCESSORS", str(count))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(driver, case, mode, precision):
+    case = replace(case, mode=mode)
+    assert driver(case, precision) == "persistent"
+    laws.rule_holds(sample_for(precision, case, 0), precision)
+
+
+@pytest.mark.parametrize("count", [3, 5, 9])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_block_grows_where_processors_are_few(monkeypatch, driver, mode, count):
+    """One image of 256 pixels in blocks of 256, 64 or 32 pixels' worth of rows."""
+    processors(monkeypatch, count)
+    case = replace(BANDS, batch=1, mode=mode)
+    assert driver(case) == "persistent"
+    laws.rule_holds(sample_for("bfloat16", case, 0), "bfloat16")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_channels_that_find_no_room_are_streamed(monkeypatch, driver, mode):
+    """The 32x32 layer of GUNN-15 on two blocks and a clerk."""
+    processors(monkeypatch, 3)
+    case = Case(240, 20, batch=1, height=32, width=32, mode=mode)
+    assert driver(case) == "persistent"
+    values = sample_for("bfloat16", case, 0)
+    layer = layer_of(values, torch.bfloat16)
+    with torch.no_grad():
+        streamed = layer(values.x.bfloat16())
+        processors(monkeypatch, 64)
+        resident = layer_of(values, torch.bfloat16)(values.x.bfloat16())
+    assert (streamed.double() - resident.double()).norm() < 4e-3 * resident.double().norm()
+
+
+def test_what_it_does_not_take(monkeypatch, driver):
+    assert driver(WIDE, "float32") == "staged"
+    assert driver(WIDE, "float64") == "staged"
+    assert driver(WIDE, keep=True) == "staged"
+    assert driver(replace(WIDE, units=2)) == "staged"
+    assert driver(replace(WIDE, expansion=3)) == "staged"
+    processors(monkeypatch, 2)
+    assert driver(WIDE) == "staged"  # two images and a clerk
+    assert driver(replace(WIDE, mode="eval")) == "persistent"  # nobody waits for anybody
+    assert driver(replace(BANDS, mode="eval", batch=200)) == "persistent"
+    assert driver(Case(240, 20, batch=2, height=32, width=32, mode="eval")) == "staged"
+
+
+def test_more_images_than_processors_in_evaluation(monkeypatch):
+    processors(monkeypatch, 2)
+    laws.rule_holds(sample_for("bfloat16", replace(WIDE, batch=5, mode="eval"), 0), "bfloat16")
+
+
+@pytest.mark.parametrize("case", [WIDE, BANDS, replace(BANDS, mode="eval")], ids=str)
+def test_bits_do_not_depend_on_the_schedule(monkeypatch, case):
+    values = sample_for("bfloat16", case, 0)
+
+    def results():
+        result = run_sample(values, GunnLayer, torch.bfloat16)
+        return [result.y, *result.gradients.values()]
+
+    expected = results()
+    for seed in (1, 2, 3):
+        monkeypatch.setenv("GUNN_EMULATOR_SEED", str(seed))
+        assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+
+
+@pytest.mark.parametrize("case", [WIDE, BANDS], ids=str)
+def test_layouts(case):
+    values = sample_for("bfloat16", case, 0)
+    layer = layer_of(values, torch.bfloat16).eval()
+    x = values.x.bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        nhwc = layer(x.contiguous(memory_format=torch.channels_last))
+        view = layer(torch.cat([x, x], dim=1)[:, case.channels :].transpose(2, 3).contiguous().transpose(2, 3))
+    assert nhwc.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(nhwc, expected)
+    assert torch.equal(view, expected)
