@@ -2,91 +2,29 @@
 
 import copy
 import os
-import pickle
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import Case, Result, Sample, assert_within_rule, check, check_layer, run, run_sample, sample, threads
+from laws import GUNN_15, OPTIONS, SHAPES, SMALL, TINY, both, layer_of, operator_arguments, statistics_of
+from tolerance import Case, assert_within_rule, check, check_layer, run, run_sample, sample, threads
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from gunn_ext import GunnLayer, ReferenceGunnLayer, ops
 
 DTYPES = [torch.float32, torch.float64]
-TINY = Case(4, 2, batch=2, height=2, width=3)
-SMALL = Case(12, 3, batch=3, height=6, width=10)
-OPTIONS = [
-    SMALL,
-    replace(SMALL, shortcut=False),
-    replace(SMALL, residual=False),
-    replace(SMALL, units=2),
-    replace(SMALL, units=3, expansion=1, shortcut=False),
-    replace(SMALL, expansion=3),
-]
-SHAPES = [
-    *(Case(8, 2, batch=2, height=3, width=width) for width in (1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 16, 17, 31, 32, 33)),
-    *(Case(2 * s, 2, batch=2, height=4, width=6) for s in (1, 2, 5, 7, 12, 13, 40)),
-    Case(8, 2, batch=1, height=3, width=65),
-    Case(8, 2, batch=2, height=40, width=1),
-    Case(10, 5, batch=6, height=1, width=1),
-    Case(10, 5, batch=4, height=1, width=5),
-    Case(10, 5, batch=4, height=5, width=1),
-    Case(10, 5, batch=1, height=2, width=2),
-    Case(10, 2, batch=1, height=5, width=7),
-    Case(15, 3, batch=3, height=11, width=13),
-    Case(9, 9, batch=2, height=6, width=6),  # P = N
-    Case(9, 9, expansion=3, batch=2, height=5, width=4),
-    Case(16, 1, batch=2, height=6, width=5),  # P = 1
-    Case(1, 1, batch=4, height=4, width=4),
-    Case(10, 2, expansion=1, batch=2, height=8, width=8),
-    Case(10, 2, expansion=3, batch=2, height=7, width=7),
-    Case(10, 2, expansion=5, shortcut=False, batch=2, height=6, width=6),
-    Case(12, 3, units=2, batch=2, height=5, width=6),
-    Case(12, 3, units=3, shortcut=False, batch=2, height=6, width=7),
-    Case(12, 3, units=2, residual=False, batch=3, height=3, width=5),
-    Case(4, 4, units=2, expansion=3, residual=False, shortcut=False, batch=3, height=4, width=7),
-    Case(60, 5, batch=3, height=8, width=8),
-    Case(36, 3, batch=2, height=16, width=16),
-    Case(24, 2, batch=1, height=32, width=32),
-    Case(80, 2, shortcut=False, batch=2, height=7, width=7),
-    Case(40, 4, shortcut=False, batch=1, height=14, width=14),
-    Case(400, 10, shortcut=False, batch=1, height=4, width=4),
-]
-
-
-GUNN_15 = [
-    Case(240, 20, batch=1, height=32, width=32),
-    Case(300, 25, batch=2, height=16, width=16),
-    Case(360, 30, batch=2, height=8, width=8),
-]
 
 
 @pytest.fixture(autouse=True)
 def parallel_however_small(monkeypatch):
     """Small layers run on one thread, to be fast; here they take the threads they are given."""
     monkeypatch.setattr(ops, "_SERIAL_WORK", 0)
-
-
-def layer_of(values: Sample, dtype=torch.float32, **options):
-    return values.layer(GunnLayer, dtype, **options)
-
-
-def both(values: Sample, dtype=torch.float64, **options):
-    """GunnLayer and ReferenceGunnLayer with the same state."""
-    return (values.layer(kind, dtype, **options) for kind in (GunnLayer, ReferenceGunnLayer))
-
-
-def assert_close(ours, expected, rtol=1e-9, atol=1e-11):
-    """Float64 tensors, dictionaries of them, or results, of well-conditioned values."""
-    if isinstance(ours, Result):
-        ours, expected = vars(ours), vars(expected)
-    torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -171,67 +109,10 @@ def test_statistics_of_channels_far_from_zero(offset):
     check(sample(SMALL, offset=offset), lambda values: run_sample(values, GunnLayer, torch.float32), torch.float32)
 
 
-def small_integers(case: Case) -> Sample:
-    """Values that leave every result a small integer: sparse weights of -1, 0, 1, batch norms ±(z - mean) + bias."""
-    for seed in range(200):
-        generator = torch.Generator().manual_seed(seed)
-
-        def integers(shape, low=-1, high=1, generator=generator):
-            return torch.randint(low, high + 1, shape, generator=generator).float()
-
-        state = {}
-        for name, tensor in case.layer().state_dict().items():
-            if name.endswith("running_var"):
-                state[name] = torch.full(tensor.shape, 0.5)
-            elif name.endswith("_bn.weight"):
-                state[name] = integers(tensor.shape, 0) * 2 - 1
-            elif name.endswith("weight"):
-                kept = torch.rand(tensor.shape, generator=generator) < 1.5 / tensor[0, 0].numel()
-                state[name] = integers(tensor.shape) * kept
-            else:
-                state[name] = integers(tensor.shape) if tensor.dim() else tensor
-        shape = (case.batch, case.channels, case.height, case.width)
-        values = Sample(case, state, integers(shape, -2, 2), integers(shape, -2, 2))
-        oracle = run_sample(values, ReferenceGunnLayer, torch.float64, eps=0.5)
-        size = max(t.abs().max().item() for t in (oracle.y, *oracle.gradients.values()))
-        if size < 2**16 and all(t.abs().max() > 0 for t in oracle.gradients.values()):
-            return values
-    raise AssertionError(f"{case}: no seed gives small integers")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(12, 3, batch=2, height=6, width=8, mode="frozen"),
-        Case(15, 3, batch=2, height=5, width=7, mode="frozen"),
-        Case(24, 2, batch=1, height=8, width=8, mode="frozen"),
-        Case(24, 2, shortcut=False, residual=False, batch=1, height=4, width=16, mode="frozen"),
-        Case(14, 2, expansion=3, batch=3, height=3, width=33, mode="frozen"),
-        Case(12, 2, units=2, batch=2, height=4, width=5, mode="frozen"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", laws.INTEGERS, ids=str)
 @pytest.mark.parametrize("recompute", [True, False])
 def test_exact_on_small_integers(case, recompute):
-    """Zero pre-activations abound here: the gradient of ReLU at 0 is 0."""
-    values = small_integers(case)
-    expected = run_sample(values, ReferenceGunnLayer, torch.float64, eps=0.5)
-    ours = run_sample(values, GunnLayer, torch.float32, eps=0.5, recompute=recompute)
-    assert torch.equal(ours.y.double(), expected.y)
-    for name, gradient in expected.gradients.items():
-        assert torch.equal(ours.gradients[name].double(), gradient), name
-
-
-def gradcheck(case: Case, recompute: bool, fast_mode: bool) -> bool:
-    values = sample(case, margin=1e-3)
-    layer = layer_of(values, torch.float64, recompute=recompute)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-
-    def function(x, *tensors):
-        return torch.func.functional_call(layer, dict(zip(names, tensors, strict=True)), (x,))
-
-    inputs = (values.x.double().requires_grad_(), *parameters)
-    return torch.autograd.gradcheck(function, inputs, fast_mode=fast_mode)
+    laws.small_integers_are_exact(laws.small_integers(case), torch.float32, recompute)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -242,7 +123,7 @@ def gradcheck(case: Case, recompute: bool, fast_mode: bool) -> bool:
 @pytest.mark.parametrize("expansion", [1, 2, 3])
 def test_gradcheck_of_every_option(expansion, units, shortcut, residual, mode, recompute):
     case = replace(TINY, expansion=expansion, units=units, shortcut=shortcut, residual=residual, mode=mode)
-    assert gradcheck(case, recompute, fast_mode=True)
+    assert laws.gradcheck(sample(case, margin=1e-3), recompute, fast_mode=True)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -253,7 +134,7 @@ def test_gradcheck_of_every_option(expansion, units, shortcut, residual, mode, r
     ids=str,
 )
 def test_gradcheck_entry_by_entry(case, mode, recompute):
-    assert gradcheck(replace(case, mode=mode), recompute, fast_mode=False)
+    assert laws.gradcheck(sample(replace(case, mode=mode), margin=1e-3), recompute, fast_mode=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -270,93 +151,39 @@ def test_simultaneous_layer(case, mode, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_recomputation_changes_no_bit(case, dtype, count):
-    values = sample(case)
     with threads(count):
-        assert run_sample(values, GunnLayer, dtype, recompute=True).equal(
-            run_sample(values, GunnLayer, dtype, recompute=False)
-        )
+        laws.recomputation_changes_no_bit(sample(case), dtype)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_runs_are_bitwise_equal(recompute):
-    values = sample(Case(60, 5, batch=5, height=9, width=12))
     with threads(2):
-        first, *others = (run_sample(values, GunnLayer, torch.float32, recompute=recompute) for _ in range(6))
-    assert all(first.equal(other) for other in others)
-
-
-def in_buffer(t, shape, *index):
-    """``t`` as a view into a larger tensor of ``shape``."""
-    view = torch.full(shape, float("nan"), dtype=t.dtype)[index]
-    return view.copy_(t)
-
-
-LAYOUTS = {
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
-    "every other channel": lambda t: in_buffer(
-        t, (t.shape[0], 2 * t.shape[1], *t.shape[2:]), slice(None), slice(1, None, 2)
-    ),
-    "a window": lambda t: in_buffer(t, (*t.shape[:2], t.shape[2] + 2, t.shape[3] + 3), ..., slice(1, -1), slice(2, -1)),
-    "every other column": lambda t: in_buffer(t, (*t.shape[:3], 2 * t.shape[3]), ..., slice(None, None, 2)),
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "unaligned": lambda t: in_buffer(t.flatten(), (t.numel() + 1,), slice(1, None)).view(t.shape),
-}
+        laws.runs_are_bitwise_equal(sample(Case(60, 5, batch=5, height=9, width=12)), torch.float32, recompute, runs=6)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", laws.LAYOUTS)
 def test_layout_of_input_and_gradient_changes_no_bit(layout, mode):
-    values = sample(replace(SMALL, mode=mode))
-    expected = run_sample(values, GunnLayer, torch.float32)
-    x, grad = LAYOUTS[layout](values.x), LAYOUTS[layout](values.grad)
-    assert torch.equal(x, values.x)
-    for inputs in ((x, values.grad), (values.x, grad), (x, grad)):
-        assert run(layer_of(values), *inputs).equal(expected)
+    laws.layout_of_input_and_gradient_changes_no_bit(sample(replace(SMALL, mode=mode)), layout)
 
 
 @pytest.mark.parametrize("case", [SMALL, replace(SMALL, gradual=False)], ids=str)
 def test_memory_format_of_the_output_is_the_input_s(case):
-    layer, x = layer_of(sample(case)), sample(case).x
-    assert layer(x).is_contiguous()
-    assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
-    assert layer(LAYOUTS["every other channel"](x)).is_contiguous()
+    laws.memory_format_of_the_output_is_the_inputs(sample(case))
 
 
 def test_expanded_input_and_gradient():
-    values = sample(SMALL)
-    layer = layer_of(values)
-    x = values.x[:1].expand_as(values.x)
-    expected = run(layer, x.contiguous(), torch.ones_like(x))
-    layer = layer_of(values)
-    assert run(layer, x, torch.ones(()).expand_as(x)).equal(expected)
-
-    x = x.contiguous().requires_grad_()
-    layer = layer_of(values)
-    layer(x).sum().backward()
-    assert torch.equal(x.grad, expected.gradients["x"])
-    assert torch.equal(layer.units[0].spatial.weight.grad, expected.gradients["units.0.spatial.weight"])
+    laws.expanded_input_and_gradient_are_taken_as_they_are(sample(SMALL))
 
 
 def test_parameters_of_any_strides():
-    values = sample(replace(SMALL, units=2))
-    expected = run_sample(values, GunnLayer, torch.float32)
-    layer = layer_of(values)
-    for parameter in layer.parameters():
-        parameter.data = parameter.data.transpose(0, 1).contiguous().transpose(0, 1)
-        assert not parameter.is_contiguous()
-    assert run(layer, values.x, values.grad).equal(expected)
+    laws.strides_of_parameters_change_no_bit(sample(replace(SMALL, units=2)))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_input_and_output_gradient_are_not_modified(mode, recompute):
-    values = sample(replace(SMALL, mode=mode))
-    x, grad = values.x.clone(), values.grad.clone()
-    result = run(layer_of(values, recompute=recompute), x, grad)
-    assert torch.equal(x, values.x)
-    assert torch.equal(grad, values.grad)
-    assert len({t.untyped_storage().data_ptr() for t in (x, grad, result.y, result.gradients["x"])}) == 4
+    laws.input_and_output_gradient_are_not_modified(sample(replace(SMALL, mode=mode)), recompute)
 
 
 # --- running statistics -----------------------------------------------------------------------------------------------
@@ -376,60 +203,21 @@ def test_running_statistics_are_updated_once_though_backward_recomputes():
 @pytest.mark.parametrize("momentum", [0.1, 0.9, 0.0, 1.0, None])
 @pytest.mark.parametrize("case", [SMALL, replace(SMALL, units=2, shortcut=False)], ids=str)
 def test_running_statistics_after_several_steps(case, momentum):
-    values = sample(case)
-    layers = list(both(values, momentum=momentum))
-    for step in range(4):
-        x = values.x.double() * (step + 1) + step
-        for layer in layers:
-            with torch.set_grad_enabled(step != 2):
-                layer(x)
-    ours, expected = (dict(layer.named_buffers()) for layer in layers)
-    assert ours["num_batches_tracked"] == 4
-    assert_close(ours, expected, rtol=1e-12, atol=1e-13)
-    assert_close(*(layer.eval()(x).detach() for layer in layers))
+    laws.running_statistics_are_those_of_the_reference_after_several_steps(sample(case), momentum)
 
 
 def test_evaluation_and_frozen_batch_norm_leave_the_running_statistics_alone():
-    values = sample(SMALL)
-    for layer in (layer_of(values).eval(), layer_of(values).freeze_batch_norm().train()):
-        result = run(layer, values.x, values.grad)
-        assert all(torch.equal(buffer, values.state[name]) for name, buffer in result.buffers.items())
-    assert layer_of(values).freeze_batch_norm().training
+    laws.evaluation_and_frozen_batch_norm_leave_the_running_statistics_alone(sample(SMALL))
 
 
 def test_two_forwards_before_two_backwards():
-    values = sample(SMALL)
-    results = []
-    for layer in both(values):
-        inputs = [(values.x.double() * scale).requires_grad_() for scale in (1, 2)]
-        first, second = (layer(x) for x in inputs)
-        first.backward(values.grad.double())
-        second.backward(values.grad.double().flip(0))
-        gradients = {name: p.grad for name, p in layer.named_parameters()}
-        results.append((gradients, [x.grad for x in inputs], dict(layer.named_buffers())))
-    for ours, expected in zip(*results, strict=True):
-        assert_close(ours, expected)
+    laws.two_forwards_may_come_before_two_backwards(sample(SMALL))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_around_the_layer(use_reentrant, recompute):
-    """As for ordinary batch norm, the running statistics are then updated by both forward passes."""
-    values = sample(SMALL)
-    plain = run_sample(values, GunnLayer, torch.float64)
-    ours, expected = (
-        run(
-            layer,
-            values.x.double(),
-            values.grad.double(),
-            lambda x, layer=layer: checkpoint(layer, x, use_reentrant=use_reentrant),
-        )
-        for layer in both(values, recompute=recompute)
-    )
-    assert ours.buffers["num_batches_tracked"] == 2
-    assert_close(ours, expected)
-    assert torch.equal(ours.y, plain.y)
-    assert all(torch.equal(ours.gradients[name], gradient) for name, gradient in plain.gradients.items())
+    laws.activation_checkpointing_changes_no_bit(sample(SMALL), use_reentrant, recompute)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -437,90 +225,26 @@ def test_activation_checkpointing_around_the_layer(use_reentrant, recompute):
 
 @pytest.mark.parametrize("gradual", [True, False])
 def test_only_the_gradients_asked_for(gradual):
-    values = sample(replace(SMALL, gradual=gradual))
-    expected = run_sample(values, GunnLayer, torch.float32)
-
-    layer = layer_of(values)
-    layer(values.x).backward(values.grad)  # the input needs none
-    assert all(torch.equal(p.grad, expected.gradients[name]) for name, p in layer.named_parameters())
-
-    layer = layer_of(values).requires_grad_(False)
-    x = values.x.clone().requires_grad_()
-    layer(x).backward(values.grad)  # the parameters need none
-    assert torch.equal(x.grad, expected.gradients["x"])
-    assert all(p.grad is None for p in layer.parameters())
-
-    layer = layer_of(values).requires_grad_(False)
-    layer.units[0].spatial.weight.requires_grad_()
-    layer(values.x).backward(values.grad)
-    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"units.0.spatial.weight"}
-    assert torch.equal(layer.units[0].spatial.weight.grad, expected.gradients["units.0.spatial.weight"])
-
-    assert not layer_of(values).requires_grad_(False)(values.x).requires_grad
+    laws.only_the_gradients_asked_for_are_computed(sample(replace(SMALL, gradual=gradual)))
 
 
 def test_nothing_is_recorded_without_gradients():
-    values = sample(SMALL)
-    expected = run_sample(values, GunnLayer, torch.float32)
-    x = values.x.clone().requires_grad_()
-    for no_gradients in (torch.no_grad, torch.inference_mode):
-        layer = layer_of(values)
-        with no_gradients():
-            y = layer(x)
-        assert not y.requires_grad
-        assert torch.equal(y, expected.y)
-        assert torch.equal(layer.units[0].project_bn.running_var, expected.buffers["units.0.project_bn.running_var"])
-
-
-def saved_storages(layer, x):
-    """Bytes of every storage kept for the backward."""
-    storages = {}
-
-    def pack(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    assert y.requires_grad
-    return storages, y
+    laws.nothing_is_recorded_without_gradients(sample(SMALL))
 
 
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 @pytest.mark.parametrize("case", [SMALL, replace(SMALL, units=2, shortcut=False)], ids=str)
 def test_bytes_saved_for_backward(case, mode):
-    """Input, output, parameters and statistics, whatever the number of segments."""
-    values = sample(replace(case, mode=mode))
-    layer, x = layer_of(values), values.x.clone().requires_grad_()
-    storages, y = saved_storages(layer, x)
-    statistics = 2 * sum(bn.running_mean.numel() for bn in layer.batch_norms())
-    elements = 2 * x.numel() + sum(p.numel() for p in layer.parameters()) + statistics
-    assert sum(storages.values()) == 4 * elements
-    assert {t.untyped_storage().data_ptr() for t in (x, y, *layer.parameters())} <= storages.keys()
-
-    kept, _ = saved_storages(layer_of(values, recompute=False), x)
-    rows = statistics // 2  # of pre-activations, one per batch norm channel; at least those before a ReLU are kept
-    hidden = sum(2 * layer.segments * layer.hidden for _ in layer.units)
-    pixels = 4 * x.numel() // layer.channels
-    assert hidden * pixels <= sum(kept.values()) - 4 * elements <= 4 * rows * pixels
+    laws.input_output_parameters_and_statistics_are_saved(sample(replace(case, mode=mode)))
 
 
 @pytest.mark.parametrize("changed", ["x", "y"])
 def test_overwriting_what_backward_needs_is_an_error(changed):
-    values = sample(SMALL)
-    x = values.x.clone()
-    y = layer_of(values)(x)
-    {"x": x, "y": y.detach()}[changed].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|has been modified inplace"):
-        y.backward(values.grad)
+    laws.overwriting_what_backward_needs_is_an_error(sample(SMALL), changed)
 
 
 def test_double_backward_is_refused_by_name():
-    values = sample(TINY)
-    x = values.x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(layer_of(values)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="(?i)double backward|twice"):
-        gradient.sum().backward()
+    laws.double_backward_is_refused_by_name(sample(TINY))
 
 
 def test_forward_mode_is_refused_by_name():
@@ -536,15 +260,7 @@ def test_forward_mode_is_refused_by_name():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["x", "grad"])
 def test_a_value_that_is_not_finite_spreads_as_in_torch(mode, value, where):
-    values = sample(replace(SMALL, mode=mode))
-    x, grad = values.x.double(), values.grad.double()
-    {"x": x, "grad": grad}[where][1, 2, 0, 1] = value
-    ours, expected = (run(layer, x, grad) for layer in both(values))
-    for got, wanted in [
-        (ours.y, expected.y),
-        *((ours.gradients[n], expected.gradients[n]) for n in expected.gradients),
-    ]:
-        assert torch.equal(got.isfinite(), wanted.isfinite())
+    laws.values_that_are_not_finite_spread_as_in_torch(sample(replace(SMALL, mode=mode)), value, where)
 
 
 @pytest.mark.parametrize("outlier", [0.0, 20.0])
@@ -564,24 +280,13 @@ def test_statistics_of_a_large_image_are_as_good_as_those_of_torch(outlier):
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_backward_twice_through_a_retained_graph(recompute):
-    values = sample(SMALL)
-    layer, x = layer_of(values, recompute=recompute), values.x.clone().requires_grad_()
-    y, inputs = layer(x), [x, *layer.parameters()]
-    first = torch.autograd.grad(y, inputs, values.grad, retain_graph=True)
-    second = torch.autograd.grad(y, inputs, values.grad)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    laws.backward_may_run_twice_through_a_retained_graph(sample(SMALL), recompute)
 
 
 @pytest.mark.parametrize("gradual", [True, False])
 def test_empty_batch_in_evaluation(gradual):
-    case = replace(SMALL, mode="eval", gradual=gradual)
-    layer = case.layer(GunnLayer)
-    x = torch.empty(0, 12, 6, 10, requires_grad=True)
-    y = layer(x)
-    assert y.shape == x.shape
-    y.sum().backward()
-    assert x.grad.shape == x.shape
-    assert all((p.grad == 0).all() for p in layer.parameters() if p.grad is not None)
+    layer = replace(SMALL, mode="eval", gradual=gradual).layer(GunnLayer)
+    laws.an_empty_batch_gives_an_empty_output(layer, torch.empty(0, 12, 6, 10, requires_grad=True))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -657,41 +362,13 @@ def test_state_dicts_go_back_and_forth():
     assert run(again, values.x, values.grad).equal(run(layer, values.x, values.grad))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("duplicate", laws.DUPLICATES)
 def test_copies_are_equal_and_independent(duplicate):
-    values = sample(SMALL)
-    layer = layer_of(values, momentum=None, recompute=False)
-    layer(values.x)
-    twin = duplicate(layer)
-    assert repr(twin) == repr(layer)
-    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    result = run(twin, values.x, values.grad)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
-    assert run(layer, values.x, values.grad).equal(result)
+    laws.copies_are_equal_and_independent(sample(SMALL), duplicate)
 
 
 def test_twenty_steps_of_training_follow_the_reference():
-    values = sample(replace(SMALL, batch=8))
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(20, 8, 12, 6, 10, generator=generator, dtype=torch.float64)
-    labels = torch.randint(5, (20, 8), generator=generator)
-    heads = torch.randn(12, 5, generator=generator, dtype=torch.float64)
-    histories = []
-    for layer in both(values):
-        head = heads.clone().requires_grad_()
-        optimizer = torch.optim.SGD([head, *layer.parameters()], 0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        losses = []
-        for x, label in zip(images, labels, strict=True):
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(layer(x).mean((2, 3)) @ head, label)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        histories.append((torch.tensor(losses, dtype=torch.float64), layer.state_dict()))
-    (our_losses, ours), (losses, expected) = histories
-    assert losses[-1] != losses[0]
-    assert_close(our_losses, losses, rtol=1e-8)
-    assert_close(ours, expected, rtol=1e-7, atol=1e-9)
+    laws.twenty_steps_of_training_follow_the_reference(sample(replace(SMALL, batch=8)))
 
 
 # --- narrow dtypes ----------------------------------------------------------------------------------------------------
@@ -728,24 +405,6 @@ def test_autocast_runs_in_its_dtype_with_float32_parameters(gradual):
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-def operator_arguments(values: Sample, layer, keep=False):
-    """What layer_forward takes, and the options it shares with layer_backward."""
-    case = values.case
-    options = (case.segments, case.expansion, case.units, case.shortcut, case.residual, layer.eps)
-    parameters = [p.detach() for p in ops.parameter_list(layer)]
-    return (values.x, parameters, statistics_of(layer), *options, keep), parameters, options
-
-
-def statistics_of(layer):
-    """The running statistics in the order of the operators, None where the batch's own are used."""
-    if layer.uses_batch_statistics():
-        return None
-    order = []
-    for unit in layer.units:
-        order += [bn for bn in (unit.reduce_bn, unit.shortcut_bn, unit.spatial_bn, unit.project_bn) if bn is not None]
-    return torch.stack([torch.cat([getattr(bn, name) for bn in order], 1) for name in ("running_mean", "running_var")])
-
-
 def test_order_of_the_parameters():
     layer = GunnLayer(6, 3, units=2, shortcut=True)
     expected = []
@@ -775,14 +434,7 @@ def test_operator_returns_the_batch_statistics(case):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_opcheck(mode, keep):
-    values = sample(replace(TINY, mode=mode))
-    arguments, parameters, options = operator_arguments(values, layer_of(values), keep)
-    torch.library.opcheck(torch.ops.gunn_ext.layer_forward.default, arguments)
-    y, batch_statistics, saved = torch.ops.gunn_ext.layer_forward(*arguments)
-    statistics = batch_statistics if mode == "train" else arguments[2]
-    common = (values.grad, values.x, y, parameters, statistics, saved, *options, mode == "train")
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.gunn_ext.layer_backward.default, (*common, *needs))
+    laws.operators_pass_opcheck(sample(replace(TINY, mode=mode)), keep)
 
 
 def test_operators_refuse_tensors_that_do_not_fit():
@@ -820,13 +472,7 @@ for name, call in wrong.items():
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_compiled_layer_equals_eager(mode, recompute):
-    values = sample(replace(SMALL, mode=mode))
-    layer, eager = (layer_of(values, recompute=recompute) for _ in range(2))
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for x in (values.x, values.x.flip(0)):
-        ours = run(layer, x, values.grad, compiled)
-        assert ours.equal(run(eager, x, values.grad))
+    laws.compiled_layer_equals_eager(sample(replace(SMALL, mode=mode)), recompute, backend="aot_eager")
 
 
 def test_exported_layer_equals_eager():

@@ -9,7 +9,9 @@ no stored result can be asked to be better. For float64 no better oracle is at h
 scaled by the ratio of roundoffs, and the oracle's own error of that size is allowed for.
 
 The rule presumes that no ReLU flips: a pre-activation within rounding of 0 changes gradients by 1e-4 and more, in any
-implementation. `sample` therefore rejects seeds whose pre-activations come within `margin` of 0.
+implementation. `sample` therefore rejects seeds whose pre-activations come within `margin` of 0. With 8 or 11 bits of
+mantissa no seed would be left: `settled_sample` biases the batch norms, so that a channel is on everywhere or off
+everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,8 @@ def relative_error(tensor: Tensor, oracle: Tensor, name: str = "") -> float:
     """|tensor - oracle| / |oracle| in L2; absolute where the oracle is 0."""
     assert tensor.shape == oracle.shape, f"{name}: shape {tuple(tensor.shape)}, expected {tuple(oracle.shape)}"
     assert tensor.isfinite().all(), f"{name}: not finite"
-    difference = (tensor.double() - oracle.double()).norm().item()
-    return difference / (oracle.double().norm().item() or 1.0)
+    expected = oracle.double().cpu()
+    return (tensor.double().cpu() - expected).norm().item() / (expected.norm().item() or 1.0)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -99,17 +101,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """Values for a case, exact in float32: a state dict, an input and the gradient of the output."""
+    """Values for a case: a state dict, an input and the gradient of the output.
+
+    They are exact in ``dtype`` (running statistics: in float32) and keep every pre-activation ``margin`` away from 0.
+    Layers of it are made where its input is.
+    """
 
     case: Case
     state: dict[str, Tensor]
     x: Tensor
     grad: Tensor
+    margin: float = 1e-6
+    dtype: torch.dtype = torch.float32
 
     def layer(self, kind: type[StackedLayer] = ReferenceGunnLayer, dtype: torch.dtype = torch.float32, **options):
-        layer = self.case.layer(kind, dtype, **options)
+        layer = self.case.layer(kind, dtype, device=self.x.device, **options)
         layer.load_state_dict(self.state)
         return layer
+
+    def to(self, device: torch.device | str) -> Sample:
+        """The same values with input and gradient on ``device``."""
+        return replace(self, x=self.x.to(device), grad=self.grad.to(device))
 
 
 def random_state(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -143,11 +155,18 @@ class _SmallestReluInput(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def is_clear_of_zero(values: Sample, margin: float) -> bool:
-    """Whether nothing that a ReLU of the reference sees in float64 is within ``margin`` of 0."""
+def is_clear_of_zero(values: Sample) -> bool:
+    """Whether nothing that a ReLU of the reference sees in float64 is within the sample's margin of 0."""
     with torch.no_grad(), _SmallestReluInput() as smallest:
         values.layer(dtype=torch.float64)(values.x.double())
-    return smallest.value > margin
+    return smallest.value > values.margin
+
+
+def gradients_fit(values: Sample) -> bool:
+    """Whether the sample's dtype has room for every gradient."""
+    limit = torch.finfo(values.dtype).max / 4
+    gradients = run_sample(values, ReferenceGunnLayer, torch.float64).gradients.values() if limit < 1e6 else ()
+    return all(gradient.abs().max() < limit for gradient in gradients)
 
 
 def sample(case: Case, seed: int = 0, margin: float = 1e-6, offset: float = 0.0) -> Sample:
@@ -156,24 +175,63 @@ def sample(case: Case, seed: int = 0, margin: float = 1e-6, offset: float = 0.0)
     for attempt in range(100):
         generator = torch.Generator().manual_seed(1000 * seed + attempt)
         x = torch.randn(shape, generator=generator) + offset
-        values = Sample(case, random_state(case, generator), x, torch.randn(shape, generator=generator))
-        if is_clear_of_zero(values, margin):
+        values = Sample(case, random_state(case, generator), x, torch.randn(shape, generator=generator), margin)
+        if is_clear_of_zero(values):
             return values
     raise AssertionError(f"{case}: no seed keeps every pre-activation {margin} away from 0; use a smaller shape.")
 
 
-def neighbours(values: Sample, margin: float = 1e-6) -> Iterator[Sample]:
-    """The same values with changes of 1e-6 of each: new roundings, same conditioning, no ReLU flipped."""
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What layers of ``dtype`` make of a tensor of float32."""
+    return tensor if not tensor.is_floating_point() or "running_" in name else tensor.to(dtype).float()
+
+
+def settled_sample(case: Case, dtype: torch.dtype, seed: int = 0, margin: float = 0.5) -> Sample:
+    """Values for ``case``, exact in ``dtype``, with every channel that a ReLU sees far above or far below 0.
+
+    The batch norms before a ReLU scale by 0.2 to 0.4 and shift by ±3.5. Running statistics are those of such
+    values, lest evaluation shift the channels back.
+    """
+    shape = (case.batch, case.channels, case.height, case.width)
+    for attempt in range(100):
+        generator = torch.Generator().manual_seed(1000 * seed + attempt)
+        state = random_state(case, generator)
+        for name, tensor in state.items():
+            if name.endswith(("reduce_bn.weight", "spatial_bn.weight")):
+                tensor.copy_(tensor.sign() * (0.1 + 0.2 * tensor.abs()))
+            elif name.endswith(("reduce_bn.bias", "spatial_bn.bias")):
+                tensor.copy_(torch.where(tensor > -0.3, 3.5, -3.5))
+                tensor[:, 0] = 3.5  # nothing but 0 has no variance, and batch norm makes much of that
+        state = {name: _rounded(name, tensor, dtype) for name, tensor in state.items()}
+        x, grad = (torch.randn(shape, generator=generator).to(dtype).float() for _ in range(2))
+        if case.mode != "train":
+            settled = replace(case, mode="train").layer(momentum=1.0)
+            settled.load_state_dict(state)
+            enough = max(case.batch, math.ceil(64 / (case.height * case.width)))
+            with torch.no_grad():
+                settled(torch.randn((enough, *shape[1:]), generator=generator))
+            state = settled.state_dict()
+        values = Sample(case, state, x, grad, margin, dtype)
+        if is_clear_of_zero(values) and gradients_fit(values):
+            return values
+    raise AssertionError(f"{case}: no seed keeps every pre-activation {margin} away from 0; use a smaller shape.")
+
+
+def neighbours(values: Sample) -> Iterator[Sample]:
+    """The same values with changes of a few roundings of each: same conditioning, no ReLU flipped."""
+    change = 8 * torch.finfo(values.dtype).eps
     for seed in itertools.count():
         generator = torch.Generator().manual_seed(seed)
 
-        def shaken(t: Tensor, generator: torch.Generator = generator) -> Tensor:
-            return t * (1 + 1e-6 * torch.randn(t.shape, generator=generator)) if t.is_floating_point() else t
+        def shaken(name: str, t: Tensor, generator: torch.Generator = generator) -> Tensor:
+            if not t.is_floating_point():
+                return t
+            return _rounded(name, t.cpu() * (1 + change * torch.randn(t.shape, generator=generator)), values.dtype)
 
-        state = {name: shaken(tensor) for name, tensor in values.state.items()}
-        neighbour = Sample(values.case, state, shaken(values.x), shaken(values.grad))
-        if is_clear_of_zero(neighbour, margin):
-            yield neighbour
+        state = {name: shaken(name, tensor) for name, tensor in values.state.items()}
+        neighbour = replace(values, state=state, x=shaken("x", values.x), grad=shaken("grad", values.grad))
+        if is_clear_of_zero(neighbour):
+            yield neighbour.to(values.x.device)
 
 
 @dataclass
@@ -183,6 +241,11 @@ class Result:
     y: Tensor
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Result:
+        """The same on another device."""
+        parts = ({name: t.to(device) for name, t in part.items()} for part in (self.gradients, self.buffers))
+        return Result(self.y.to(device), *parts)
 
     def equal(self, other: Result) -> bool:
         """Bitwise."""
@@ -214,14 +277,69 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_sample(values: Sample, kind: type[StackedLayer], dtype: torch.dtype, **options) -> Result:
-    return run(values.layer(kind, dtype, **options), values.x.to(dtype), values.grad.to(dtype))
+def run_sample(
+    values: Sample, kind: type[StackedLayer], dtype: torch.dtype, parameters: torch.dtype | None = None, **options
+) -> Result:
+    """`run` in ``dtype``, with parameters in a dtype of their own where one is given."""
+    return run(values.layer(kind, parameters or dtype, **options), values.x.to(dtype), values.grad.to(dtype))
+
+
+@contextmanager
+def tensor_float(on: bool) -> Iterator[None]:
+    """torch's switch for float32 convolutions on a GPU, for a while: TF32 or IEEE."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32" if on else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+def rounded_to_tensor_float(t: Tensor) -> Tensor:
+    """To 10 bits of mantissa, halves away from 0, as the GPU does on the way to its tensor cores."""
+    return ((t.float().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
+
+
+class _TensorFloatConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return torch.conv2d(rounded_to_tensor_float(x), rounded_to_tensor_float(weight), padding=padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        x, weight, grad = map(rounded_to_tensor_float, (x, weight, grad))
+        grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=ctx.padding)
+        return grad_x, torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=ctx.padding), None
+
+
+class TensorFloatConvolutions(TorchFunctionMode):
+    """torch's convolutions with operands rounded to TF32, forward and backward, whatever dtype they compute in."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv2d:
+            return _TensorFloatConv.apply(*args, (kwargs or {}).get("padding", 0))
+        return func(*args, **(kwargs or {}))
+
+
+class TensorFloatReferenceLayer(ReferenceGunnLayer):
+    """The reference with the operands of every convolution rounded to TF32.
+
+    What cuDNN does under that switch is its own choice, which for small layers is not TF32.
+    """
+
+    def update(self, x: Tensor) -> Tensor:
+        with TensorFloatConvolutions():
+            return super().update(x)
 
 
 def _errors(result: Result, oracle: Result) -> dict[str, float]:
     """Relative error of the output, every gradient ("grad ...") and every running statistic."""
     assert result.gradients.keys() == oracle.gradients.keys()
-    assert torch.equal(result.buffers["num_batches_tracked"], oracle.buffers["num_batches_tracked"])
+    assert result.buffers["num_batches_tracked"].item() == oracle.buffers["num_batches_tracked"].item()
     tensors, oracles = (
         {"y": r.y}
         | {f"grad {name}": g for name, g in r.gradients.items()}
@@ -241,8 +359,19 @@ def _shares(ours: list[dict[str, float]], plain: list[dict[str, float]], dtypes:
     return {name: rms(ours, name) / allowed_error(rms(plain, name), *dtypes, factors[name]) for name in ours[0]}
 
 
-def check(values: Sample, ours: Callable[[Sample], Result], dtype: torch.dtype, draws: int = 12) -> None:
+def check(
+    values: Sample,
+    ours: Callable[[Sample], Result],
+    dtype: torch.dtype,
+    draws: int = 12,
+    plain: type[StackedLayer] = ReferenceGunnLayer,
+    parameters: torch.dtype | None = None,
+) -> None:
     """Assert the rule for the output, every gradient and every running statistic of ``ours(values)``, run in ``dtype``.
+
+    ``plain`` is the layer in plain PyTorch, run where the values are, its parameters in the dtype ``parameters`` where
+    one is given; the oracle always runs on the CPU. For float64 on a GPU the larger counts of plain in float32 and in
+    float64, in roundoffs: sums over many pixels differ from the oracle's by more than either alone tells.
 
     A tensor of few elements has an error of few roundings, in ours and in plain alike, and their ratio is a matter of
     luck. Where the rule fails on ``values`` alone it is therefore judged once more, unchanged, on the root mean squares
@@ -253,9 +382,13 @@ def check(values: Sample, ours: Callable[[Sample], Result], dtype: torch.dtype, 
     plain_errors: list[dict[str, float]] = []
     shares: dict[str, float] = {}
     for draw in itertools.islice(itertools.chain([values], neighbours(values)), draws):
-        oracle = run_sample(draw, ReferenceGunnLayer, torch.float64)
+        oracle = run_sample(draw.to("cpu"), ReferenceGunnLayer, torch.float64)
         our_errors.append(_errors(ours(draw), oracle))
-        plain_errors.append(_errors(run_sample(draw, ReferenceGunnLayer, plain_dtype), oracle))
+        plain_errors.append(_errors(run_sample(draw, plain, plain_dtype, parameters), oracle))
+        if dtype == torch.float64 and draw.x.device.type != "cpu":
+            in_float64 = _errors(run_sample(draw, plain, torch.float64, parameters), oracle)
+            scale = unit_roundoff(plain_dtype) / unit_roundoff(torch.float64)
+            plain_errors[-1] = {name: max(e, in_float64[name] * scale) for name, e in plain_errors[-1].items()}
         shares = _shares(our_errors, plain_errors, (plain_dtype, dtype))
         if len(our_errors) == 1 and max(shares.values()) <= 1:
             break

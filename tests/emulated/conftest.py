@@ -1,26 +1,41 @@
 """Builds the test kernels with g++ and the emulator, once a session and in the background, and runs them.
 
 Each program is a small executable, not a Python module: a sanitizer then needs no LD_PRELOAD. The emulator's own files
-are never sanitized (csrc/emulator/emulator.h says why), so all flavours share their objects.
+are never sanitized (csrc/emulator/emulator.h says why), so all flavours share their objects. The layer's kernels are
+built as a Python module as well, a twin of gunn_ext._core.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path(__file__).resolve().parent / "kernels"
 PROGRAMS = ("bugs", "block", "warp", "grid", "tensor", "order")  # in the order they are built
-COMMON = ["g++", "-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{KERNELS}"]
+COMMON = ["g++", "-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{KERNELS}"]
 FLAVOURS = {
     "plain": ["-O1"],
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
     "portable": ["-O1"],  # on ucontext fibers, as on machines that are not x86-64
+}
+# Of gunn_ext._core, the slowest to compile first. Only the CUDA kernels are meant to run: the rest is not optimised.
+MODULE = {
+    "bindings.cpp": [
+        *("-O0", "-fopenmp", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-DGUNN_WITH_CUDA"),
+        *(f'-DGUNN_{name}="{value}"' for name, value in {"VERSION": "0", "COMPILER": "g++", "CUDA_REASON": ""}.items()),
+        *('-DGUNN_CUDA_ARCHITECTURES="emulated"', '-DGUNN_CUDA_TOOLKIT=""'),
+    ],
+    **{f"cuda/{source.name}": ["-O1"] for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))},
+    "cpu/level.cpp": ["-O0", "-fopenmp", "-Wno-psabi", "-DGUNN_LEVEL=baseline", "-DGUNN_VECTOR_BYTES=16"],
+    "cpu/dispatch.cpp": ["-O0"],
 }
 SETTINGS = ("GUNN_EMULATOR_SEED", "GUNN_EMULATOR_WORKERS", "GUNN_EMULATOR_STACK_KB")
 
@@ -29,18 +44,33 @@ class Emulated:
     def __init__(self, folder: Path):
         self.folder = folder
         self.pool = ThreadPoolExecutor(2)
-        self.emulators = {
-            "own": self.pool.submit(self._compile_emulator, "own", []),
-            "portable": self.pool.submit(self._compile_emulator, "portable", ["-DGUNN_EMULATOR_UCONTEXT"]),
-        }
+        self.emulators = {"own": self.pool.submit(self._compile_emulator, "own", [])}
+        self.objects = [self.pool.submit(self._compile_object, source, flags) for source, flags in MODULE.items()]
+        self.emulators["portable"] = self.pool.submit(self._compile_emulator, "portable", ["-DGUNN_EMULATOR_UCONTEXT"])
         self.programs: dict[tuple[str, str], Future[Path]] = {}
 
     def _compile_emulator(self, name: str, flags: list[str]) -> list[str]:
         objects = []
         for source in sorted((ROOT / "csrc" / "emulator").glob("*.cpp")):
             objects.append(str(self.folder / f"{name}-{source.stem}.o"))
-            subprocess.run([*COMMON, "-O2", *flags, "-c", str(source), "-o", objects[-1]], check=True)
+            subprocess.run([*COMMON, "-O2", "-fPIC", *flags, "-c", str(source), "-o", objects[-1]], check=True)
         return objects
+
+    def _compile_object(self, source: str, flags: list[str]) -> str:
+        target = self.folder / f"core-{source.replace('/', '-')}.o"
+        own = ["-g0", "-fPIC", "-fvisibility=hidden", *flags]
+        subprocess.run([*COMMON, *own, "-x", "c++", "-c", str(ROOT / "csrc" / source), "-o", str(target)], check=True)
+        return str(target)
+
+    def module(self):
+        """gunn_ext._core, with CUDA kernels that run on the CPU."""
+        path = self.folder / "_core.so"
+        objects = [*self.emulators["own"].result(), *(built.result() for built in self.objects)]
+        subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-pthread", "-o", str(path)], check=True)
+        spec = importlib.util.spec_from_file_location("_core", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
     def _compile(self, program: str, flavour: str) -> Path:
         target = self.folder / f"{program}-{flavour}"
@@ -59,6 +89,7 @@ class Emulated:
         """Runs cases in one process; ``seed``, ``workers`` and ``stack_kb`` become the emulator's variables."""
         environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         environment |= {f"GUNN_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
+        environment.setdefault("TSAN_OPTIONS", "atexit_sleep_ms=0")  # 1 s otherwise
         command = [str(self.build(program, flavour).result()), *cases]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
 
@@ -76,3 +107,9 @@ def emulated(tmp_path_factory):
             emulated.build(program, flavour)
     yield emulated
     emulated.pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def core(emulated):
+    """A twin of gunn_ext._core whose CUDA kernels are emulated."""
+    return emulated.module()

@@ -1,7 +1,8 @@
 // Small programs of test cases: `program case…` runs each and says nothing when all is well.
 //
-// Ends with 0; 1: a wrong value; 3: a gunn::Error, its text on stderr. `program --list` names the cases. Cases take
-// their memory as Buffers, so the same file also runs on a GPU when nvcc compiled it.
+// Ends with 0; 1: a wrong value; 3: a gunn::Error, its text on stderr. `program --list` names the cases; `name=value`
+// before them is an option. Cases take their memory as Buffers, so the same file also runs on a GPU when nvcc compiled
+// it.
 #pragma once
 
 #include <cstdlib>
@@ -77,6 +78,12 @@ inline std::map<std::string, std::function<void()>>& cases() {
   return all;
 }
 
+inline std::map<std::string, std::string>& options() {
+  static std::map<std::string, std::string> all;
+  return all;
+}
+inline std::string option(const std::string& name) { return options()[name]; }
+
 struct Register {
   Register(const char* name, std::function<void()> body) { cases()[name] = std::move(body); }
 };
@@ -92,6 +99,12 @@ inline int run(int count, char** arguments) {
     return 0;
   }
   for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    const size_t equals = argument.find('=');
+    if (equals != std::string::npos) {
+      options()[argument.substr(0, equals)] = argument.substr(equals + 1);
+      continue;
+    }
     try {
       cases().at(arguments[i])();
     } catch (const WrongValue& wrong) {

@@ -1,0 +1,49 @@
+"""The CUDA kernels as nvcc compiles them: without a warning, in registers, on tensor cores where they should be."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import device_code
+import pytest
+from device_code import DTYPES, HOT
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+ON_TENSOR_CORES = ("bfloat16", "float16", "tensor_float32")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Machine code for sm_90a and PTX of every dtype, two compilers at a time."""
+    folder = tmp_path_factory.mktemp("device_code")
+    with ThreadPoolExecutor(2) as pool:
+        code = {dtype: pool.submit(device_code.kernels, dtype, "90a", folder) for dtype in DTYPES}
+        ptx = {dtype: pool.submit(device_code.ptx, dtype, "90", folder) for dtype in DTYPES}
+        yield code, ptx
+        pool.shutdown(cancel_futures=True)
+
+
+def hot_kernels(compiled, dtype):
+    found = [kernel for kernel in compiled[0][dtype].result() if kernel.plain_name in HOT]
+    assert {kernel.plain_name for kernel in found} == set(HOT)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_kernel_spills_or_has_a_stack(compiled, dtype):
+    hot_kernels(compiled, dtype)
+    assert [kernel for kernel in compiled[0][dtype].result() if kernel.spilled or kernel.stack] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_on_tensor_cores_unless_the_dtype_is_wider(compiled, dtype):
+    """A chunk is two steps in depth of eight products side by side."""
+    expected = 16 if dtype in ON_TENSOR_CORES else 0
+    for kernel in hot_kernels(compiled, dtype):
+        assert kernel.tensor_cores == expected, kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ptx_for_later_gpus_has_every_kernel(compiled, dtype):
+    code, ptx = compiled[0][dtype].result(), compiled[1][dtype].result()
+    assert ".target sm_90\n" in ptx
+    assert ptx.count(".entry ") == len(code)
