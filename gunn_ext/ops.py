@@ -477,6 +477,10 @@ def layer_backward(
     grads = [torch.empty(p.shape, dtype=wide, device=p.device) for p in parameters] if need_parameters else []
     if x.numel() == 0:
         return grad_x, [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters[: len(grads)]]
+    if saved is not None:
+        # As the forward left it: dense, and aligned to the 16 bytes that are read at once.
+        saved = saved.contiguous()
+        saved = saved.clone() if saved.data_ptr() % 16 else saved
     call = _call(
         x,
         *sizes,

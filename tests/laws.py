@@ -471,6 +471,22 @@ def statistics_of(layer: StackedLayer) -> Tensor | None:
     return torch.stack([torch.cat([getattr(bn, name) for bn in order], 1) for name in ("running_mean", "running_var")])
 
 
+def kept_pre_activations_may_lie_anywhere(values: Sample) -> None:
+    """Strided, and at an address that is no multiple of 16: the backward reads what is meant."""
+    arguments, parameters, options = operator_arguments(values, layer_of(values), True)
+    y, statistics, saved = torch.ops.gunn_ext.layer_forward(*arguments)
+
+    def gradients(kept: Tensor) -> list[Tensor]:
+        common = (values.grad, values.x, y, parameters, statistics, kept, *options, True, True, True)
+        grad_x, grads = torch.ops.gunn_ext.layer_backward(*common)
+        return [grad_x, *grads]
+
+    shifted = torch.cat([saved.new_zeros(1), saved.flatten()])[1:].view(saved.shape)
+    for kept in (saved.transpose(2, 3).contiguous().transpose(2, 3), shifted):
+        for found, expected in zip(gradients(kept), gradients(saved), strict=True):
+            assert torch.equal(found, expected)
+
+
 def operators_pass_opcheck(values: Sample, keep: bool) -> None:
     arguments, parameters, options = operator_arguments(values, layer_of(values), keep)
     torch.library.opcheck(torch.ops.gunn_ext.layer_forward.default, arguments)

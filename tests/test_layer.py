@@ -590,3 +590,7 @@ _, status = os.waitpid(child, 0)
 assert status == 0, status
 """
     run_script(script)
+
+
+def test_kept_pre_activations_may_lie_anywhere():
+    laws.kept_pre_activations_may_lie_anywhere(sample(SMALL))

@@ -543,3 +543,7 @@ def test_sizes_that_leave_32_bits_are_named(core, size, named):
     case = replace(Case(2, 2, batch=1, height=1, width=1), **size)
     with pytest.raises(RuntimeError, match=f"sizes below 2.30: .*{named}"):
         core.sizes(*told(core, case), "bfloat16", False)
+
+
+def test_kept_pre_activations_may_lie_anywhere():
+    laws.kept_pre_activations_may_lie_anywhere(sample(SMALL))

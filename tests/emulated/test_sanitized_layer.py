@@ -76,7 +76,7 @@ def test_passes_are_clean_under_sanitizers(layer, dtype, flavour, settings):
 
 
 @pytest.mark.parametrize(("barrier", "spare"), BARRIERS)
-def test_every_barrier_is_missed(layer, barrier, spare):
+def test_a_barrier_left_out_is_found(layer, barrier, spare):
     chosen = ["units_with_shortcut", "two_levels"] if spare else ["units_with_shortcut"]
     result = layer("float32", "thread", f"planted={barrier}", "passes=1", *chosen)
     if spare:
@@ -86,7 +86,7 @@ def test_every_barrier_is_missed(layer, barrier, spare):
         assert re.search(r"data race.*csrc/cuda/", result.stderr, re.DOTALL), result.stderr
 
 
-def test_the_order_of_memory_in_the_tree_is_missed(layer):
+def test_a_relaxed_addition_in_the_tree_is_found(layer):
     """Right values all the same: only the race detector sees that partial results are read before they are there."""
     planted = ("planted=relaxed", "passes=1", "units_with_shortcut")
     result = layer("float32", "thread", *planted)
@@ -96,7 +96,7 @@ def test_the_order_of_memory_in_the_tree_is_missed(layer):
 
 
 @pytest.mark.parametrize("planted", ["counter", *(f"launch:{name}" for name in LAUNCHES)])
-def test_what_was_never_written_is_missed(layer, planted):
+def test_what_was_never_written_is_found(layer, planted):
     """A counter that is not reset, a kernel that does not run: some case finds the NaNs that lay there before."""
     results = [layer("bfloat16", "plain", f"planted={planted}", case) for case in SMALL]
     found = [result.stderr for result in results if result.returncode == 1]
@@ -104,7 +104,7 @@ def test_what_was_never_written_is_missed(layer, planted):
     assert all(re.search(r"\w+: [\w ]+\[\d+\] is not finite", text) for text in found)
 
 
-def test_every_byte_of_the_workspace_is_missed(layer):
+def test_a_byte_too_few_of_workspace_is_found(layer):
     """In a layer without padding, the last byte of each piece of the workspace, of the forward's or the backward's."""
     pieces = range(32)
     results = [layer("bfloat16", "address", f"planted=piece:{number}", "passes=1", "eights") for number in pieces]
