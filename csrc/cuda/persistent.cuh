@@ -267,31 +267,39 @@ class ComputeBlock {
     GUNN_ROLLED
     for (int step = first; step <= last; ++step) reduce_step(sums, step);
   }
+  // Two fragments of pixels at a time: with all four of the largest block the registers would not do.
   GUNN_DEVICE void reduce_step(Sums<KT + ST>& sums, int step) const {
-    const int rows = chain_.extents.reduce_columns(0), matrix = lane_ / 8;
-    uint32_t a[MT][4];
-    if (!streams || 16 * step < chain_.resident) {
-      GUNN_UNROLL
-      for (int mt = 0; mt < MT; ++mt) {
-        const int row = first_row(mt) + matrix % 2 * 8 + lane_ % 8;
-        load_matrices<false>(a[mt], shared_ + row * layout_.state_stride + step * 16 + matrix / 2 * 8);
-      }
-    } else {
-      each_row([&](int mt, int half, int m) {
-        const Storage* from = at(m, 16 * step + 2 * (lane_ % 4));
-        a[mt][half] = *reinterpret_cast<const uint32_t*>(from);
-        a[mt][half + 2] = *reinterpret_cast<const uint32_t*>(from + 8);
-      });
-    }
+    constexpr int kTogether = MT < 2 ? MT : 2;
+    const int rows = chain_.extents.reduce_columns(0);
     GUNN_UNROLL
-    for (int n = 0; n < KT + ST; n += 2) {
-      if (8 * n >= rows) break;
-      uint32_t b[4];
-      load_weights(b, weights(Kind::reduce), rows, n, step);
+    for (int first = 0; first < MT; first += kTogether) {
+      uint32_t a[kTogether][4];
       GUNN_UNROLL
-      for (int mt = 0; mt < MT; ++mt) {
-        Precision::multiply(sums[mt][n], a[mt], {b[0], b[1]});
-        if (n + 1 < KT + ST) Precision::multiply(sums[mt][n + 1 < KT + ST ? n + 1 : n], a[mt], {b[2], b[3]});
+      for (int j = 0; j < kTogether; ++j) load_pixels(a[j], first + j, step);
+      GUNN_UNROLL
+      for (int n = 0; n < KT + ST; n += 2) {
+        if (8 * n >= rows) break;
+        uint32_t b[4];
+        load_weights(b, weights(Kind::reduce), rows, n, step);
+        GUNN_UNROLL
+        for (int j = 0; j < kTogether; ++j) {
+          Precision::multiply(sums[first + j][n], a[j], {b[0], b[1]});
+          if (n + 1 >= KT + ST) continue;
+          Precision::multiply(sums[first + j][n + 1 < KT + ST ? n + 1 : n], a[j], {b[2], b[3]});
+        }
+      }
+    }
+  }
+  GUNN_DEVICE void load_pixels(uint32_t (&a)[4], int mt, int step) const {
+    if (!streams || 16 * step < chain_.resident) {
+      const int matrix = lane_ / 8, row = first_row(mt) + matrix % 2 * 8 + lane_ % 8;
+      load_matrices<false>(a, shared_ + row * layout_.state_stride + step * 16 + matrix / 2 * 8);
+    } else {
+      GUNN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Storage* from = at(first_row(mt) + 8 * half + lane_ / 4, 16 * step + 2 * (lane_ % 4));
+        a[half] = *reinterpret_cast<const uint32_t*>(from);
+        a[half + 2] = *reinterpret_cast<const uint32_t*>(from + 8);
       }
     }
   }

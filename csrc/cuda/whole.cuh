@@ -71,7 +71,7 @@ class PersistentForward {
       return ChainLayout(e, kPixels, chain.band_rows, chain.resident).bytes + sizeof(ChainFloats<WARPS>);
     };
     while (streams && shared() > most && 2 * chain.resident > e.channels) chain.resident -= 16;
-    if (shared() > most || (streams && chain.streamed_channels() == 0)) return;
+    if (shared() > most) return;
     how_.shared = shared();
     const Room room = ask(how_, kernel);
     const int64_t places = spread ? std::min<int64_t>(room.blocks, room.processors) : room.blocks;
@@ -92,20 +92,16 @@ class PersistentForward {
     kernel_ = kernel;
     tiles_of_warp_ = MT;
   }
-  template <int KT, int ST>
-  void consider_all(bool spread) {
-    consider<KT, ST, 4, 1, false>(spread);
-    consider<KT, ST, 8, 1, false>(spread);
-    consider<KT, ST, 8, 2, false>(spread);
-    consider<KT, ST, 8, 4, false>(spread);
-    consider<KT, ST, 8, 4, true>(spread);
-  }
   // Small blocks first: more of them share the work.
   void choose() {
     if (shape_.channels > 4096 || shape_.width > 512 || shape_.height > 4096) return;
     for (const bool spread : {true, false}) {
-      consider_all<3, 2>(spread);
-      consider_all<1, 1>(spread);
+      consider<3, 2, 4, 1, false>(spread);
+      consider<3, 2, 8, 1, false>(spread);
+      consider<3, 2, 8, 2, false>(spread);
+      consider<3, 2, 8, 4, true>(spread);
+      consider<1, 1, 4, 1, false>(spread);
+      consider<1, 1, 8, 2, false>(spread);
     }
   }
 

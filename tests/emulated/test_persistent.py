@@ -32,6 +32,7 @@ PRECISIONS = ["bfloat16", "float16"]
 def emulated_kernels(core, monkeypatch):
     """Tensors of the CPU run on the CUDA kernels, of a device with 16 multiprocessors."""
     monkeypatch.setitem(ops._BACKENDS, "cpu", ops.CudaBackend(core))
+    monkeypatch.setenv("GUNN_CUDA_DRIVER", "persistent")
     with tensor_float(False):
         yield
 
@@ -105,6 +106,14 @@ def test_what_it_does_not_take(monkeypatch, driver):
     assert driver(replace(WIDE, mode="eval")) == "persistent"  # nobody waits for anybody
     assert driver(replace(BANDS, mode="eval", batch=200)) == "persistent"
     assert driver(Case(240, 20, batch=2, height=32, width=32, mode="eval")) == "staged"
+
+
+def test_it_serves_only_where_it_is_asked_for(monkeypatch, core, driver):
+    monkeypatch.delenv("GUNN_CUDA_DRIVER")
+    assert driver(WIDE) == "staged"
+    monkeypatch.setenv("GUNN_CUDA_DRIVER", "fast")
+    with pytest.raises(core.CoreError, match="GUNN_CUDA_DRIVER=fast: unknown driver; expected staged or persistent"):
+        driver(WIDE)
 
 
 def test_more_images_than_processors_in_evaluation(monkeypatch):
