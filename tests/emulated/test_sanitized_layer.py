@@ -26,7 +26,9 @@ BARRIERS = [
     for number, (line, following) in enumerate(zip(lines, [*lines[1:], ""], strict=True), 1)
     if "__syncthreads()" in line.split("//")[0]
 ]
-LAUNCHES = sorted(set(re.findall(r'\b(?:by_\w+\(|Launch\{)"(\w+)"', "\n".join(LINES["staged.cuh"] + LINES["host.cuh"]))))
+LAUNCHES = sorted(
+    set(re.findall(r'\b(?:by_\w+\(|Launch\{)"(\w+)"', "\n".join(LINES["staged.cuh"] + LINES["host.cuh"])))
+)
 
 
 @pytest.fixture(scope="module")
