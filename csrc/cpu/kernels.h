@@ -57,7 +57,8 @@ inline const char* forward_driver(const LayerShape&, const Options&, bool) { ret
 
 template <class Scalar>
 constexpr Kernels<Scalar> kernels() {
-  return {sizes<Scalar>, forward_driver, forward<Scalar>, forward_step<Scalar>, backward<Scalar>, backward_step<Scalar>};
+  return {sizes<Scalar>,        forward_driver,   forward<Scalar>,
+          forward_step<Scalar>, backward<Scalar>, backward_step<Scalar>};
 }
 
 }  // namespace
