@@ -14,6 +14,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +28,10 @@ from gunn_ext import GunnLayer, ReferenceGunnLayer, ops
 
 FLUSHED_BYTES = 256 * 1024**2
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-# Name: constructor, its options, in a graph.
+# Name: constructor, its options, in a graph. The name of ours says where it asks for another driver.
 PEERS = {
     "ours graphed": (GunnLayer, {}, True),
+    "ours graphed, persistent": (GunnLayer, {}, True),
     "sunn graphed": (GunnLayer, {"gradual": False}, True),
     "ours": (GunnLayer, {}, False),
     "ours graphed, recompute=False": (GunnLayer, {"recompute": False}, True),
@@ -130,6 +132,7 @@ def time_peer(name: str, row: dict, shape: tuple[int, int, int], batch: int, dty
     """Fill in one row."""
     channels, segments, size = shape
     training = row["pass"] == "training"
+    os.environ["GUNN_CUDA_DRIVER"] = "persistent" if "persistent" in name else "staged"
     memory_format = FORMATS[row["format"]]
     layer = make(name, channels, segments)
     torch.manual_seed(1)
