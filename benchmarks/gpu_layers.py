@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import gpu_environment, gpu_state
 from layers import EXPANSION, LAYERS, flops
 from torch import Tensor, nn
 
@@ -190,12 +190,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     end = time.monotonic() + 60 * arguments.minutes
-    where = environment() | {
-        "device": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "backend": ops.backend("cuda", torch.bfloat16),
-    }
+    where = gpu_environment() | {"backend": ops.backend("cuda", torch.bfloat16), "before": gpu_state()}
     rows: list[dict] = []
     skipped = 0
     if arguments.profile:
