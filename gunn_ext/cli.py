@@ -24,6 +24,7 @@ Gradually updated neural networks: train them, evaluate them, look at them.
 commands:
   train             train a network; without options a small one on the embedded digits, in a minute or two
   eval RUN          evaluate the network of a run directory on its test images
+  bench COMMAND     time layers and networks against their peers, or predict it
   models [PATTERN]  list the models with parameters, FLOPs and activation bytes
   info              versions, backends built, why one is missing
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"train": _train, "eval": _evaluate, "models": _models, "info": _info}
+    commands = {"train": _train, "eval": _evaluate, "bench": _bench, "models": _models, "info": _info}
     if name not in commands:
         raise ConfigError(f"unknown command {name!r}; expected {', '.join(commands)}. gunn --help explains them.")
     return commands[name]
@@ -211,6 +212,12 @@ def _evaluate(arguments: list[str]) -> int:
             f"loss {result.loss:.4f}, {options.run}/{options.checkpoint}.pt"
         )
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from gunn_ext.bench.command import main as bench
+
+    return bench(arguments)
 
 
 def _models(arguments: list[str]) -> int:

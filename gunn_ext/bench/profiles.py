@@ -1,0 +1,85 @@
+"""Where a pass of ours spends its time: kernel by kernel on a GPU, stage by stage on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from gunn_ext import ops
+from gunn_ext.bench.cases import Case, build
+from gunn_ext.bench.peers import asking_for
+from gunn_ext.bench.steps import LayerStep
+from gunn_ext.layers import GunnLayer
+
+_RUNS = 3
+_DRIVERS = ("staged", "persistent")
+
+
+def profile_layers(cases: Sequence[Case], batch: int, dtype: str, device: str) -> str:
+    """A table for each layer: a training step on the GPU with each driver, or forward and backward on the CPU."""
+    if device == "cpu":
+        return "\n".join(_stages(case, batch, dtype) for case in cases)
+    return "\n".join(_kernels(case, batch, dtype, driver) for case in cases for driver in _DRIVERS)
+
+
+def _kernels(case: Case, batch: int, dtype: str, driver: str) -> str:
+    torch.manual_seed(0)
+    narrow = getattr(torch, dtype)
+    layer = build(GunnLayer, case.sizes, device="cuda", dtype=torch.float64 if dtype == "float64" else torch.float32)
+    shape = (batch, case.sizes.channels, case.sizes.size, case.sizes.size)
+    x, grad = (torch.randn(shape, device="cuda").to(narrow, memory_format=torch.channels_last) for _ in range(2))
+    step = LayerStep(layer, x, grad, training=True)
+    with asking_for(driver):
+        for _ in range(_RUNS):
+            step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            step()
+            torch.cuda.synchronize()
+    table = recorded.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70)
+    return f"== {case.name}, batch {batch}, {dtype}, channels_last, training step, {driver} driver asked for\n{table}"
+
+
+def _stages(case: Case, batch: int, dtype: str) -> str:
+    """The CPU kernels in steps, each timed; a whole pass runs the same stages without coming back in between."""
+    torch.manual_seed(0)
+    sizes = case.sizes
+    layer = build(GunnLayer, sizes, dtype=getattr(torch, dtype))
+    x, grad = (torch.randn(batch, sizes.channels, sizes.size, sizes.size, dtype=getattr(torch, dtype)) for _ in "xg")
+    best: dict[str, float] = {}
+    for _ in range(_RUNS):
+        spent: dict[str, float] = {}
+        forward = ops.ForwardSteps(x, layer)
+        order = [(i, m) for i in range(sizes.segments) for m in range(sizes.units)]
+        _timed(forward, "forward", ("reduce", "spatial", "project"), order, spent)
+        backward = ops.BackwardSteps(grad, x, forward.y, forward.statistics, layer)
+        _timed(backward, "backward", ("project", "spatial", "reduce", "input"), order[::-1], spent)
+        best = {name: min(seconds, best.get(name, seconds)) for name, seconds in spent.items()}
+    total = sum(best.values())
+    lines = [
+        f"{name:18} {1e3 * seconds:9.3f} ms  {100 * seconds / total:5.1f} %" for name, seconds in best.items()
+    ]  # fmt: skip
+    head = f"== {case.name}, batch {batch}, {dtype}, {torch.get_num_threads()} threads, in steps, best of {_RUNS}"
+    return "\n".join([head, *lines, f"{'all':18} {1e3 * total:9.3f} ms", ""])
+
+
+def _timed(
+    steps: ops.ForwardSteps | ops.BackwardSteps,
+    which: str,
+    stages: Sequence[str],
+    order: Sequence[tuple[int, int]],
+    spent: dict[str, float],
+) -> None:
+    def step(name: str, segment: int = 0, unit: int = 0) -> None:
+        start = time.perf_counter()
+        steps.step(name, segment, unit)
+        label = f"{which} {name}"
+        spent[label] = spent.get(label, 0.0) + time.perf_counter() - start
+
+    step("begin")
+    for segment, unit in order:
+        for name in stages:
+            step(name, segment, unit)
+    step("finish")
