@@ -183,7 +183,7 @@ def test_help_and_unknown_commands(capsys):
         status, out, _ = run(capsys, command, "--help")
         assert status == 0
         assert f"gunn {command}" in out
-    assert_one_line_error(run(capsys, "trian"), "unknown command 'trian'; expected train, eval, models, info")
+    assert_one_line_error(run(capsys, "trian"), "unknown command 'trian'; expected train, eval, bench, models, info")
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])

@@ -1,4 +1,4 @@
-"""Studies of models: what they cost."""
+"""Studies of models: what they cost, and how long their layers should take (`performance`)."""
 
 from gunn_ext.analysis.cost import ModelCost as ModelCost
 from gunn_ext.analysis.cost import layer_flops as layer_flops

@@ -250,7 +250,7 @@ def _weight_stages(k: int, s: int, n: int, made: int) -> list[_Stage]:
     """Operands are read once for every 64 rows and columns of the gradient."""
     return [
         _Stage(2 * n * made, made * _columns(n) + n * _columns(made), made, tiles=False),
-        _Stage(18 * k * k, 9 * 2 * k * _columns(k), k, tiles=False),
+        _Stage(18 * k * k, k * _columns(9 * k) + 9 * k * _columns(k), k, tiles=False),
         _Stage(2 * k * s, s * _columns(k) + k * _columns(s), s, tiles=False),
     ]
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from gunn_ext.analysis.performance import DeviceLimits
 from gunn_ext.bench.environment import environment, gpu_state
-from gunn_ext.bench.limits import Peak, limits_for, measure_peak
+from gunn_ext.bench.limits import Peak, limits_of_cpu, limits_of_gpu, measure_peak
 from gunn_ext.bench.rows import Row, describe, mark_best, write_csv, write_json
 from gunn_ext.bench.timing import Work, clock_for, summary, take_turns
 from gunn_ext.bench.verify import WrongResult
@@ -124,9 +125,11 @@ class Contest:
             self.environment[f"peak_{dtype}"] = {"gflops": round(peak.gflops, 1), "gbps": round(peak.gbps, 1)}
         return self._peaks[dtype]
 
-    def limits(self, dtype: str) -> Any:
-        """Limits to predict with, or None."""
-        return limits_for(self.settings.device, self.peak(dtype), self.settings.threads)
+    def limits(self) -> DeviceLimits | None:
+        """Limits to predict with, where there are any."""
+        if self.settings.device == "cuda":
+            return limits_of_gpu()
+        return limits_of_cpu(self.peak("float32"), self.settings.threads)
 
     def run(self, entries: Callable[[], Sequence[Entry]], flops: float, least_bytes: float, dtype: str) -> list[Row]:
         """One cell: prepare, verify, time, and write.

@@ -32,6 +32,8 @@ def predicted_ms(
     """
     if limits is None or dtype not in limits.peak_flops or peer.compiled or peer.checkpointed:
         return None
+    if limits.launch > 0 and not peer.graphed:  # launches from the host are not in the model
+        return None
     if peer.ours and driver == "fused":
         return 1e3 * fused(sizes, batch, dtype, limits, recompute=peer.recompute).seconds(which)
     if peer.ours and driver in ("staged", "persistent"):
@@ -138,12 +140,14 @@ def measure_layers(contest: Contest, cases: Sequence[Case], batch: int | None = 
     settings = contest.settings if batch is None else replace(contest.settings, batch=batch)
     for dtype, which, case in itertools.product(settings.dtypes, settings.passes, cases):
         training = which == "training"
-        limits = contest.limits(dtype)
+        limits = contest.limits()
         # Feature maps: x and y; in training also dy, dx, and x and y again.
         moved = (6 if training else 2) * case.sizes.state_bytes(settings.batch, dtype)
         work = case.sizes.flops(settings.batch) * (3 if training else 1)
 
-        def entries(case: Case = case, dtype: str = dtype, which: str = which, limits: Any = limits) -> list[Entry]:
+        def entries(
+            case: Case = case, dtype: str = dtype, which: str = which, limits: DeviceLimits | None = limits
+        ) -> list[Entry]:
             return _Cell(case, settings, dtype, which, limits).entries()
 
         print(_verdict(contest.run(entries, work, moved, dtype)), end="", flush=True)

@@ -26,7 +26,7 @@ HEADER = (
     "forward",
     "backward",
     "SUNN",
-    "eval staged",
+    "evaluation: staged",
     "persistent",
     "SUNN",
 )

@@ -18,10 +18,18 @@ _DRIVERS = ("staged", "persistent")
 
 
 def profile_layers(cases: Sequence[Case], batch: int, dtype: str, device: str) -> str:
-    """A table for each layer: a training step on the GPU with each driver, or forward and backward on the CPU."""
-    if device == "cpu":
-        return "\n".join(_stages(case, batch, dtype) for case in cases)
-    return "\n".join(_kernels(case, batch, dtype, driver) for case in cases for driver in _DRIVERS)
+    """A table for each layer: a training step on the GPU with each driver, or forward and backward on the CPU.
+
+    A layer that fails has the error in place of its table.
+    """
+    tables = []
+    for case in cases:
+        for driver in _DRIVERS if device == "cuda" else ("",):
+            try:
+                tables.append(_kernels(case, batch, dtype, driver) if driver else _stages(case, batch, dtype))
+            except Exception as error:  # the rows that follow are worth more than this table
+                tables.append(f"== {case.name} {driver}: {type(error).__name__}: {error}\n")
+    return "\n".join(tables)
 
 
 def _kernels(case: Case, batch: int, dtype: str, driver: str) -> str:

@@ -101,7 +101,7 @@ def write_csv(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -
 
 def describe(row: Row) -> str:
     """One line: what, how fast, how that compares with limits and prediction."""
-    head = f"{row['layer']:18} {row['dtype']:9} {row['pass']:10} {row.get('format', ''):4} {row['peer']:32}"
+    head = f"{row['layer']:18} {row['dtype']:9} {row['pass']:10} {row.get('format', ''):4} {row['peer']:38}"
     if "ms" not in row:
         return f"{head} {row.get('error', 'not timed')}"
     parts = [f"{row['ms']:9.3f} ms [{row['ms_20']:.3f} {row['ms_80']:.3f}]", f"{row['gflops']:8.1f} GFLOP/s"]

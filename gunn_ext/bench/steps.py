@@ -43,7 +43,8 @@ class LayerStep:
     ) -> None:
         """Arguments as the class says."""
         layer.train(training)
-        self.call, self.training, self.checkpointed = call or layer, training, checkpointed
+        self.call = layer if call is None else call
+        self.training, self.checkpointed = training, checkpointed
         self.x, self.grad = x.detach().requires_grad_(training), grad
         self.names, self.parameters = zip(*layer.named_parameters(), strict=True)
         self.dtype = x.dtype

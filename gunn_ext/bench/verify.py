@@ -30,7 +30,8 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
     if dtype == torch.float64:
         return 1e-12
     if dtype == torch.float32:
-        tensor_float = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        tensor_float = device.type == "cuda" and precision == "tf32"
         return 1e-2 if tensor_float else 4 * torch.finfo(torch.float32).eps
     return torch.finfo(dtype).eps
 
