@@ -18,7 +18,7 @@ from gunn_ext.bench.contest import Contest, Entry, Settings
 from gunn_ext.bench.memory import peak_bytes, saved_bytes
 from gunn_ext.bench.peers import Peer, asking_for, peers_of, served_driver
 from gunn_ext.bench.rows import Row
-from gunn_ext.bench.steps import FORMATS, LayerStep, graphed
+from gunn_ext.bench.steps import FORMATS, LayerStep, Replay
 from gunn_ext.bench.timing import Work
 from gunn_ext.bench.verify import Yardstick, initial_state
 
@@ -115,8 +115,9 @@ class _Cell:
                 row["saved_bytes"] = saved_bytes(step.forward)
             row["peak_bytes"] = peak_bytes(step, self.settings.device)
             if peer.graphed:
-                work, outputs = graphed(step)
-                work()
+                work = replay = Replay(step)
+                replay()
+                outputs = replay.outputs
         found = self.yardstick(peer.gradual).hold(step.named(outputs))
         row["relative_error"], row["share_of_tolerance"] = found
         if peer.driver is None or peer.graphed:

@@ -18,7 +18,7 @@ from gunn_ext.bench.memory import peak_bytes, saved_bytes
 from gunn_ext.bench.networks import OTHERS, input_of, network
 from gunn_ext.bench.peers import Peer, asking_for, peers_of
 from gunn_ext.bench.rows import Row
-from gunn_ext.bench.steps import FORMATS, autocast, graphed
+from gunn_ext.bench.steps import FORMATS, Replay, autocast
 from gunn_ext.bench.timing import Work
 from gunn_ext.bench.verify import FACTOR, WrongResult, relative_error, rounding
 
@@ -146,7 +146,6 @@ class _Cell:
     def prepare(self, peer: Peer, layout: str, row: Row) -> Work:
         wide = self.dtype if self.dtype == torch.float64 else torch.float32
         device, memory_format = self.settings.device, FORMATS[layout]
-
         model = _build(self.name, peer).to(device, wide)
         images = self.images.contiguous(memory_format=memory_format)
         with asking_for(peer.driver):
@@ -166,7 +165,7 @@ class _Cell:
                 row["saved_bytes"] = saved_bytes(step.forward)
             row["peak_bytes"] = peak_bytes(step, device)
             if peer.graphed:
-                work, _ = graphed(step)
+                work = Replay(step)
         if peer.driver is None or peer.graphed:
             return work
 

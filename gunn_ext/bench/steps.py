@@ -70,15 +70,28 @@ class LayerStep:
         return dict(zip(names, outputs, strict=True))
 
 
-def graphed(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Capture ``work`` in a CUDA graph; returns its replay and what it fills in."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph.replay, result
+class Replay:
+    """``work`` captured in a CUDA graph; a call replays it.
+
+    Holds ``work``, hence everything the graph reads, for as long as it can be replayed.
+
+    Attributes:
+        outputs: What ``work`` returned; filled in anew by every replay.
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        """Warm up on a side stream, as capturing asks for, and capture."""
+        self.work = work
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = work()
+
+    def __call__(self) -> None:
+        """Replay."""
+        self.graph.replay()
