@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from gunn_ext import cli
+from gunn_ext.analysis.performance import LayerSizes
 from gunn_ext.bench import environment, memory, networks
-from gunn_ext.bench.cases import LAYERS, divisors
+from gunn_ext.bench.cases import LAYERS, build, divisors
 from gunn_ext.bench.peers import CUDA_PEERS, DRIVER, asking_for, peers_of
 from gunn_ext.bench.rows import FIELDS, mark_best, read_json, write_json
 from gunn_ext.bench.timing import summary, take_turns
+from gunn_ext.bench.verify import Yardstick, initial_state
 from gunn_ext.layers import GunnLayer
 from gunn_ext.models import list_models
 
@@ -141,6 +143,22 @@ def test_narrow_and_wide_dtypes_are_held_to_their_own_rounding(capsys, tmp_path)
     errors = {dtype: max(r["relative_error"] for r in rows if r["dtype"] == dtype) for dtype in ("bfloat16", "float64")}
     assert errors["float64"] < 1e-12 < 1e-4 < errors["bfloat16"] < 0.1
     assert {row["driver"] for row in rows if row["dtype"] == "bfloat16" and row["peer"] == "ours"} == {"reference"}
+
+
+def test_running_statistics_keep_hundreds_of_segments_finite():
+    sizes = LayerSizes(96, 96, 4, shortcut=True)
+    x = torch.randn(2, 96, 4, 4)
+    state = initial_state(sizes, x)
+    yardstick = Yardstick(sizes, state, x, x, training=False, gradual=True)
+    assert yardstick.expected["y"].abs().max() < 1000
+    layer = build(GunnLayer, sizes)
+    layer.load_state_dict(state)
+    with torch.no_grad():
+        error, share = yardstick.hold({"y": layer.eval()(x)})
+    assert 0 <= share <= 1
+    assert error < 1e-5
+    with pytest.raises(ValueError, match="y of the reference is not finite"):
+        Yardstick(sizes, state, x / 0, x, training=False, gradual=True)
 
 
 def test_nothing_is_begun_after_the_time_is_over(capsys, tmp_path):

@@ -57,11 +57,12 @@ class _Cell:
         torch.manual_seed(1)
         shape = (settings.batch, case.sizes.channels, size, size)
         self.x, self.grad = (torch.randn(shape, device=settings.device).to(self.dtype) for _ in range(2))
+        self.state = initial_state(case.sizes, self.x)
         self.yardsticks: dict[bool, Yardstick] = {}
 
     def yardstick(self, gradual: bool) -> Yardstick:
         if gradual not in self.yardsticks:
-            self.yardsticks[gradual] = Yardstick(self.case.sizes, self.x, self.grad, self.training, gradual)
+            self.yardsticks[gradual] = Yardstick(self.case.sizes, self.state, self.x, self.grad, self.training, gradual)
         return self.yardsticks[gradual]
 
     def entries(self) -> list[Entry]:
@@ -92,7 +93,7 @@ class _Cell:
             device=self.settings.device,
             dtype=wide,
         )
-        layer.load_state_dict(initial_state(self.case.sizes, self.x))
+        layer.load_state_dict(self.state)
         return layer.train(self.training)
 
     def prepare(self, peer: Peer, layout: str, row: Row) -> Work:

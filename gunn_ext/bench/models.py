@@ -20,10 +20,9 @@ from gunn_ext.bench.peers import Peer, asking_for, peers_of
 from gunn_ext.bench.rows import Row
 from gunn_ext.bench.steps import FORMATS, Replay, autocast
 from gunn_ext.bench.timing import Work
-from gunn_ext.bench.verify import FACTOR, WrongResult, relative_error, rounding
+from gunn_ext.bench.verify import FACTOR, FEW, WrongResult, relative_error, rounding
 
 DEFAULT = ("gunn15",)
-_VERIFIED_IMAGES = 2
 
 
 class ModelStep:
@@ -78,9 +77,21 @@ def _build(name: str, peer: Peer) -> nn.Module:
     return network(name, "ours" if peer.recompute else "ours, recompute=False", gradual=peer.gradual)
 
 
+def _take_statistics(model: nn.Module, images: Tensor) -> None:
+    """Make running statistics those of a few images; a fresh network's would let the state grow without bound."""
+    modules = [module for module in model.modules() if hasattr(module, "momentum")]
+    before = [module.momentum for module in modules]
+    for module in modules:
+        module.momentum = None  # type: ignore[assignment]  # the average of one batch is that batch
+    with torch.no_grad():
+        model.train()(images[:FEW].float())
+    for module, momentum in zip(modules, before, strict=True):
+        module.momentum = momentum
+
+
 def _verify(model: nn.Module, twin: nn.Module, images: Tensor, training: bool) -> tuple[float, float]:
     """Logits of a few images against the network with reference layers in float64; as `Yardstick`, forward only."""
-    few = images[:_VERIFIED_IMAGES]
+    few = images[:FEW]
 
     def logits(net: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad(), autocast(x.device, x.dtype):
@@ -150,7 +161,9 @@ class _Cell:
         images = self.images.contiguous(memory_format=memory_format)
         with asking_for(peer.driver):
             if self.name not in OTHERS:
-                reference = network(self.name, "eager", gradual=peer.gradual).to(device, wide)
+                reference = network(self.name, "eager", gradual=peer.gradual).to(device)
+                _take_statistics(reference, images)
+                model.load_state_dict(reference.to(wide).state_dict())
                 found = _verify(model, reference, images, self.training)
                 row["relative_error"], row["share_of_tolerance"] = found
             if peer.ours:
