@@ -384,8 +384,8 @@ def test_the_commit_can_be_given_and_sources_have_a_digest(monkeypatch):
 
 def test_the_check_on_a_gpu_asks_for_peers_that_exist():
     script = (CLONE / "benchmarks" / "gpu_check.sh").read_text()
-    asked = re.findall(r"--peers '([^']+)'", script)
-    assert len(asked) == 2
+    asked = re.findall(r"(?:--peers |everyone=)'([^']+)'", script)
+    assert len(asked) == 3
     for patterns in asked:
         assert {peer.name for peer in peers_of("cuda", patterns.split(";"))} >= {"ours staged, graphed", "sunn graphed"}
     assert "python" in script

@@ -195,8 +195,7 @@ def _layer(arguments: list[str]) -> int:
         cases = [reduced(case) for case in cases]
     contest = _contest(options)
     if options.profile:
-        settings = contest.settings
-        text = profile_layers(cases, settings.batch, settings.dtypes[0], settings.device)
+        text = profile_layers(cases, contest.settings)
         options.profile.parent.mkdir(parents=True, exist_ok=True)
         options.profile.write_text(text)
     measure_layers(contest, cases)

@@ -106,12 +106,11 @@ def _roofline(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     intensity = [row["gflops"] / row["gbps"] for row in rows]
-    span = [min(intensity) / 4, max(intensity) * 4]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         peak = environment.get(f"peak_{dtype}")
         if peak:
             ridge = peak["gflops"] / peak["gbps"]
-            xs = sorted({*span, min(max(ridge, span[0]), span[1])})
+            xs = [min(*intensity, ridge) / 2, ridge, 2 * max(*intensity, ridge)]
             axis.plot(xs, [min(peak["gflops"], x * peak["gbps"]) for x in xs], label=f"measured limits, {dtype}")
     for peer in dict.fromkeys(row["peer"] for row in rows):
         points = [(row["gflops"] / row["gbps"], row["gflops"]) for row in rows if row["peer"] == peer]

@@ -9,22 +9,25 @@ import torch
 
 from gunn_ext import ops
 from gunn_ext.bench.cases import Case, build
-from gunn_ext.bench.peers import asking_for
+from gunn_ext.bench.contest import Settings
+from gunn_ext.bench.peers import asking_for, peers_of
 from gunn_ext.bench.steps import LayerStep
 from gunn_ext.layers import GunnLayer
 
 _RUNS = 3
-_DRIVERS = ("staged", "persistent")
 
 
-def profile_layers(cases: Sequence[Case], batch: int, dtype: str, device: str) -> str:
-    """A table for each layer: a training step on the GPU with each driver, or forward and backward on the CPU.
+def profile_layers(cases: Sequence[Case], settings: Settings) -> str:
+    """A table for each layer: a training step on the GPU with each driver that is measured, or both passes on the CPU.
 
     A layer that fails has the error in place of its table.
     """
+    batch, dtype = settings.batch, settings.dtypes[0]
+    asked = (peer.driver for peer in peers_of(settings.device, settings.peers))
+    drivers = list(dict.fromkeys(driver for driver in asked if driver)) if settings.device == "cuda" else [""]
     tables = []
     for case in cases:
-        for driver in _DRIVERS if device == "cuda" else ("",):
+        for driver in drivers:
             try:
                 tables.append(_kernels(case, batch, dtype, driver) if driver else _stages(case, batch, dtype))
             except Exception as error:  # the rows that follow are worth more than this table
