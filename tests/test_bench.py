@@ -16,6 +16,7 @@ from gunn_ext import cli
 from gunn_ext.analysis.performance import LayerSizes
 from gunn_ext.bench import environment, memory, networks
 from gunn_ext.bench.cases import LAYERS, build, divisors
+from gunn_ext.bench.others import OTHERS
 from gunn_ext.bench.peers import CUDA_PEERS, DRIVER, asking_for, peers_of
 from gunn_ext.bench.rows import FIELDS, mark_best, read_json, write_json
 from gunn_ext.bench.timing import summary, take_turns
@@ -212,7 +213,7 @@ def test_a_wrong_network_is_refused(capsys, monkeypatch):
 def test_nets_of_others_have_the_size_of_their_papers(name, parameters):
     classes, size = networks.input_of(name)
     with torch.device("meta"):
-        model, image = networks.OTHERS[name][0](), torch.empty(2, 3, size, size)
+        model, image = OTHERS[name][0](), torch.empty(2, 3, size, size)
     assert round(sum(p.numel() for p in model.parameters()), -3) == pytest.approx(parameters, abs=1000)
     assert model(image).shape == (2, classes)
 

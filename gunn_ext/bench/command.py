@@ -19,7 +19,8 @@ from gunn_ext.bench.layers import measure_layers, sweep_segments
 from gunn_ext.bench.memory import PAPER_GB, measure_memory
 from gunn_ext.bench.models import DEFAULT as DEFAULT_MODELS
 from gunn_ext.bench.models import measure_models
-from gunn_ext.bench.networks import OTHERS, input_of
+from gunn_ext.bench.networks import input_of
+from gunn_ext.bench.others import OTHERS
 from gunn_ext.bench.peers import peers_of
 from gunn_ext.bench.plots import require_matplotlib, write_plots
 from gunn_ext.bench.predict import HEADER, PARTS_HEADER, aligned, markdown, part_rows, prediction_rows

@@ -15,12 +15,14 @@ from gunn_ext import ops
 from gunn_ext.analysis.cost import model_cost
 from gunn_ext.bench.contest import Contest, Entry, Settings
 from gunn_ext.bench.memory import peak_bytes, saved_bytes
-from gunn_ext.bench.networks import OTHERS, input_of, network
+from gunn_ext.bench.networks import input_of, network
+from gunn_ext.bench.others import OTHERS
 from gunn_ext.bench.peers import Peer, asking_for, peers_of
 from gunn_ext.bench.rows import Row
 from gunn_ext.bench.steps import FORMATS, Replay, autocast
 from gunn_ext.bench.timing import Work
 from gunn_ext.bench.verify import FACTOR, FEW, WrongResult, relative_error, rounding
+from gunn_ext.models import model_spec
 
 DEFAULT = ("gunn15",)
 
@@ -61,11 +63,15 @@ class ModelStep:
 
 def _peers(name: str, settings: Settings) -> list[Peer]:
     """Those that make sense for a network: nothing compiled or checkpointed; of others' nets torch's way alone."""
-    peers = [peer for peer in peers_of(settings.device, settings.peers) if not (peer.compiled or peer.checkpointed)]
     if name in OTHERS:
         graphs = (False, True) if settings.device == "cuda" else (False,)
         return [Peer("torch graphed" if graph else "torch", graphed=graph) for graph in graphs]
-    return peers
+    gradual = getattr(model_spec(name), "gradual", True)
+    return [
+        peer
+        for peer in peers_of(settings.device, settings.peers)
+        if not (peer.compiled or peer.checkpointed) and (gradual or not peer.gradual)
+    ]
 
 
 def _build(name: str, peer: Peer) -> nn.Module:
