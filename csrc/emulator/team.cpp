@@ -68,6 +68,7 @@ void Team::set_up(unsigned team) {
     turns->polling.reset(unfinished_);
     turns->failed_polls = 0;
   }
+  stored_ = slow_went_ = false;
   if (job_->seed) random_.seed(*job_->seed * 1000003 + team);
 
   main_.adopt_thread();
@@ -120,16 +121,22 @@ void Team::place(Block& block, unsigned size, Thread* threads) {
 
 // ---- Who goes on
 
-// Null when nobody can: none is ready, and every polling thread has looked again since something happened last.
+// Null when nobody can: none is ready, and every polling thread has looked again since something happened last. The
+// quick look again at each word that the slow ones store, not at each step of theirs: that would take the most time.
 Thread* Team::choose() {
-  Thread* const quick = choose(quick_);
-  return quick ? quick : choose(slow_);
+  if (stored_) stored_ = false, quick_.failed_polls = slow_.failed_polls = 0;
+  if (Thread* quick = choose(quick_)) return quick;
+  if (Thread* slow = choose(slow_)) return slow;
+  if (!slow_went_) return nullptr;
+  slow_went_ = false, quick_.failed_polls = 0;
+  return choose(quick_);
 }
 Thread* Team::choose(Turns& turns) {
   auto& [ready, polling, failed_polls] = turns;
   const bool look_early = job_->seed && failed_polls < polling.size() && random_() % 8 == 0;
   if (!ready.empty() && !look_early) {
-    poll_done();
+    failed_polls = slow_.failed_polls = 0;
+    slow_went_ |= &turns == &slow_;
     return job_->seed ? ready.pop_any(random_) : ready.pop();
   }
   if (!polling.empty() && failed_polls <= 2 * polling.size()) return polling.pop();
@@ -164,9 +171,11 @@ __attribute__((noinline)) void Team::become(Thread& thread) {
 void Team::let_go(Thread& thread) { turns_of(thread).ready.push(&thread); }
 
 void Team::interleave() {
-  if (!job_->seed || random_() % 4 != 0) return;
-  let_go(*running_);
-  suspend("an atomic", Site{});
+  if (job_->seed && random_() % 4 == 0) {
+    let_go(*running_);
+    suspend("an atomic", Site{});
+  }
+  stored_ = true;
 }
 
 void Team::poll_again(const char* what, Site site) {

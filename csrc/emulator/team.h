@@ -86,7 +86,7 @@ class Team {
   Votes wait_at(Barrier& barrier, const char* name, bool vote, Site site);
   Slot meet(unsigned mask, const char* name, const Contribution& contribution, Site site);
   void poll_again(const char* what, Site site);
-  void poll_done() { quick_.failed_polls = slow_.failed_polls = 0; }
+  void poll_done() { turns_of(*running_).failed_polls = 0; }
   void interleave();
   [[noreturn]] void report(const std::string& text) { report(*running_, text); }
   [[noreturn]] void report(const Thread& culprit, const std::string& text);
@@ -135,6 +135,8 @@ class Team {
   Thread* running_ = nullptr;
   unsigned unfinished_ = 0;
   Turns quick_, slow_;
+  bool stored_ = false;     // perhaps a word, since somebody was chosen
+  bool slow_went_ = false;  // since the quick looked
   std::mt19937_64 random_;
   std::string error_;
 };
