@@ -26,6 +26,8 @@ FAULTS = {
     "deviations of a block too few": ("b < ", "blocks", "blocks - 1", "; b += 32) {"),
     "a column without a clerk": ("if (", "place.row < 0", "place.row < 0 || column == 3", ") continue;"),
     "half of the words is cleared": ("clear_words_ = ", "2 * words", "words", ";"),
+    "no room for results": ("words += 2 * each * (", "chain_.blocks + 1", "chain_.blocks", ")"),
+    "room for one turn of edges": ("words += int64_t{", "4", "2", "} * chain_.blocks"),
 }
 
 

@@ -22,12 +22,13 @@ CASES = (
     "persistent_wide_no_shortcut",
 )
 SLOW = [{"slow": block} for block in range(4)]  # the last of four is a clerk
-SCHEDULES = [{}, {"seed": 1}, *SLOW, {"slow": 0, "seed": 2}, {"slow": 1, "seed": 3}]
+SCHEDULES = [{}, {"seed": 1}, *SLOW, {"slow": 0, "seed": 2}, {"slow": 1, "seed": 3}, {"slow": 2, "seed": 4}]
 
 # By a part of their own line, or of the next. The barrier at a segment's end orders what the one in the next segment's
 # first exchange orders as well; a clerk's lane takes again a word that it has taken before.
 SPARE = ("and those of the reduce have been read", "apart = receive(")
-DEADLOCKS = ("edges take no turns", "a column without a clerk")  # other faults of FAULTS show in values
+DEADLOCKS = ("edges take no turns", "a column without a clerk")
+OVERRUNS = ("no room for results", "room for one turn of edges")  # the other faults show in values
 
 
 def lines_with(pattern):
@@ -147,9 +148,16 @@ def test_a_word_taken_too_early_is_found(shown, line, spare):
     assert shown(line) == (None if spare else "values")
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS)
+@pytest.mark.parametrize("fault", [fault for fault in faults.FAULTS if fault not in OVERRUNS])
 def test_faults_are_found(shown, fault):
     assert shown(fault) == ("deadlock" if fault in DEADLOCKS else "values")
+
+
+@pytest.mark.parametrize("fault", OVERRUNS)
+def test_words_behind_their_piece_of_workspace_are_found(layer, fault):
+    result = layer("bfloat16", "address", f"planted={fault}", "passes=1", *SMALL)
+    assert result.returncode in (1, 66), result.stdout + result.stderr
+    assert re.search(r"use-after-poison.*cuda/words\.cuh", result.stderr, re.DOTALL), result.stderr
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
