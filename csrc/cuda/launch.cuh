@@ -227,7 +227,8 @@ struct Room {
 template <class... Parameters>
 Room ask(const Launch& how, void (*)(Parameters...)) {
   const int processors = emulator::processors();
-  return {processors, emulator::kMostShared, how.shared <= emulator::kMostShared ? processors : 0};
+  const size_t most = emulator::most_shared();
+  return {processors, most, how.shared <= most ? processors : 0};
 }
 
 #endif

@@ -3,7 +3,9 @@
 //   GUNN_EMULATOR_SEED      a number: threads and blocks run in an order drawn with it; unset: in their own order
 //   GUNN_EMULATOR_WORKERS   OS threads for the blocks of ordinary launches, 1 unless set
 //   GUNN_EMULATOR_STACK_KB  stack of each CUDA thread, 256 unless set
+//   GUNN_EMULATOR_SLOW      a block of cooperative launches, by number: it goes on only while all others wait
 //   GUNN_EMULATOR_PROCESSORS  multiprocessors that the device claims to have, 16 unless set
+//   GUNN_EMULATOR_SHARED_KB   shared memory that it claims to have for a block, 227 unless set, as on sm_90
 //
 // All are read at every launch. The results of a right kernel depend on none of them.
 #include <algorithm>
@@ -45,7 +47,7 @@ void check(const Configuration& c) {
   inside("cluster", c.cluster, dim3(16, 16, 16), 16);
   require(c.grid.x % c.cluster.x == 0 && c.grid.y % c.cluster.y == 0 && c.grid.z % c.cluster.z == 0,
           "the grid must be whole clusters.");
-  require(c.shared <= kMostShared, c.shared, " bytes of dynamic shared memory; a block has at most ", kMostShared,
+  require(c.shared <= most_shared(), c.shared, " bytes of dynamic shared memory; a block has at most ", most_shared(),
           ". Use a smaller tile.");
 }
 
@@ -121,6 +123,7 @@ class Dealer {
 }  // namespace
 
 int processors() { return static_cast<int>(number_from("GUNN_EMULATOR_PROCESSORS").value_or(16)); }
+size_t most_shared() { return number_from("GUNN_EMULATOR_SHARED_KB").value_or(227) * 1024; }
 
 void run(const Configuration& configuration, void (*body)(void*), void* arguments) {
   check(configuration);
@@ -131,8 +134,10 @@ void run(const Configuration& configuration, void (*body)(void*), void* argument
                 body,
                 arguments,
                 number_from("GUNN_EMULATOR_SEED"),
+                number_from("GUNN_EMULATOR_SLOW"),
                 configuration.cooperative ? 1 : clusters,
                 number_from("GUNN_EMULATOR_STACK_KB").value_or(256) * 1024,
+                most_shared(),
                 &tokens[0],
                 &tokens[1]};
   release(job.started);

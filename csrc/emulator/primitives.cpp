@@ -73,11 +73,12 @@ void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], const uint32
 void* shared_array(const void* key, size_t bytes) {
   Block& block = *thread().home;
   void* array = block.shared.array(key, bytes);
-  const size_t all = block.shared.bytes(), dynamic = thread().team->job().configuration.shared;
-  if (all - dynamic > kMostStatic || all > kMostShared) {
+  const Job& job = thread().team->job();
+  const size_t all = block.shared.bytes(), dynamic = job.configuration.shared;
+  if (all - dynamic > kMostStatic || all > job.most_shared) {
     thread().team->report(std::to_string(all - dynamic) + " bytes of static and " + std::to_string(dynamic) +
                           " bytes of dynamic shared memory; a block has at most " + std::to_string(kMostStatic) +
-                          " static and " + std::to_string(kMostShared) + " together. Use a smaller tile.");
+                          " static and " + std::to_string(job.most_shared) + " together. Use a smaller tile.");
   }
   return array;
 }

@@ -43,8 +43,8 @@ unsigned ballot(const char* name, unsigned mask, bool vote, Site site);
 void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site);
 unsigned lane();
 
-int processors();                           // of the device
-constexpr size_t kMostShared = 227 * 1024;  // bytes of one block, as on sm_90
+int processors();      // of the device
+size_t most_shared();  // bytes of one block
 
 // Shared memory: heap blocks of exact size, filled with ones (a NaN in every format) when the block starts.
 void* shared_array(const void* key, size_t bytes);  // the block's array declared at `key`

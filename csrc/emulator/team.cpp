@@ -63,9 +63,12 @@ void Team::set_up(unsigned team) {
   grid_ = Barrier{};
   grid_.expected = unfinished_;
   threads_.resize(unfinished_);
-  ready_.reset(unfinished_);
-  polling_.reset(unfinished_);
-  failed_polls_ = 0;
+  for (Turns* turns : {&quick_, &slow_}) {
+    turns->ready.reset(unfinished_);
+    turns->polling.reset(unfinished_);
+    turns->failed_polls = 0;
+  }
+  stored_ = slow_went_ = false;
   if (job_->seed) random_.seed(*job_->seed * 1000003 + team);
 
   main_.adopt_thread();
@@ -110,21 +113,33 @@ void Team::place(Block& block, unsigned size, Thread* threads) {
     thread.waits_at = nullptr;
     thread.polls = thread.ended = false;
     thread.copies.clear();
+    thread.slow = c.cooperative && job_->slow == static_cast<uint64_t>(&block - blocks_.get());
     thread.warp().add(thread.lane);
-    ready_.push(&thread);
+    let_go(thread);
   }
 }
 
 // ---- Who goes on
 
-// Null when nobody can: none is ready, and every polling thread has looked again since something happened last.
+// Null when nobody can: none is ready, and every polling thread has looked again since something happened last. The
+// quick look again at each word that the slow ones store, not at each step of theirs: that would take the most time.
 Thread* Team::choose() {
-  const bool look_early = job_->seed && failed_polls_ < polling_.size() && random_() % 8 == 0;
-  if (!ready_.empty() && !look_early) {
-    failed_polls_ = 0;
-    return job_->seed ? ready_.pop_any(random_) : ready_.pop();
+  if (stored_) stored_ = false, quick_.failed_polls = slow_.failed_polls = 0;
+  if (Thread* quick = choose(quick_)) return quick;
+  if (Thread* slow = choose(slow_)) return slow;
+  if (!slow_went_) return nullptr;
+  slow_went_ = false, quick_.failed_polls = 0;
+  return choose(quick_);
+}
+Thread* Team::choose(Turns& turns) {
+  auto& [ready, polling, failed_polls] = turns;
+  const bool look_early = job_->seed && failed_polls < polling.size() && random_() % 8 == 0;
+  if (!ready.empty() && !look_early) {
+    failed_polls = slow_.failed_polls = 0;
+    slow_went_ |= &turns == &slow_;
+    return job_->seed ? ready.pop_any(random_) : ready.pop();
   }
-  if (!polling_.empty() && failed_polls_ <= 2 * polling_.size()) return polling_.pop();
+  if (!polling.empty() && failed_polls <= 2 * polling.size()) return polling.pop();
   return nullptr;
 }
 
@@ -153,18 +168,21 @@ __attribute__((noinline)) void Team::become(Thread& thread) {
   self = &thread;
 }
 
-void Team::let_go(Thread& thread) { ready_.push(&thread); }
+void Team::let_go(Thread& thread) { turns_of(thread).ready.push(&thread); }
 
 void Team::interleave() {
-  if (!job_->seed || random_() % 4 != 0) return;
-  ready_.push(running_);
-  suspend("an atomic", Site{});
+  if (job_->seed && random_() % 4 == 0) {
+    let_go(*running_);
+    suspend("an atomic", Site{});
+  }
+  stored_ = true;
 }
 
 void Team::poll_again(const char* what, Site site) {
-  ++failed_polls_;
+  Turns& turns = turns_of(*running_);
+  ++turns.failed_polls;
   running_->polls = true;
-  polling_.push(running_);
+  turns.polling.push(running_);
   suspend(what, site);
 }
 
@@ -194,7 +212,7 @@ Votes Team::wait_at(Barrier& barrier, const char* name, bool vote, Site site) {
   } else {
     open(barrier);
     if (job_->seed) {  // the last to come is not always the first to go
-      ready_.push(&me);
+      let_go(me);
       suspend(name, site);
     }
   }
@@ -277,7 +295,7 @@ void Team::finish(Meeting& meeting) {
 void Team::end(Thread& thread) {
   thread.ended = true;
   --unfinished_;
-  failed_polls_ = 0;
+  poll_done();
   Block& block = *thread.home;
   Warp& warp = thread.warp();
   warp.leave(thread.lane);

@@ -4,7 +4,7 @@
 // Threads that can go on stand in a queue. The running one, when it has to wait, switches straight to the next; only
 // when there is none does the OS thread's own context get its turn, to end the team or to report who waits where. Since
 // one OS thread runs the whole team, a seed fixes the schedule completely, and "all wait" is a fact and not a guess by
-// the clock.
+// the clock. One block may be slow: it goes on only while all others wait.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,7 @@ struct Thread : Coordinates {
   Thread* next = nullptr;          // in a barrier's list
   const char* waits_at = nullptr;  // null: it can go on
   Site site;                       // where it waits
-  bool polls = false, ended = false;
+  bool polls = false, ended = false, slow = false;
   Copies copies;
 
   Warp& warp() const { return home->warps[number / 32]; }
@@ -70,9 +70,9 @@ struct Job {
   const Configuration& configuration;
   void (*body)(void*);
   void* arguments;
-  std::optional<uint64_t> seed;
+  std::optional<uint64_t> seed, slow;
   unsigned teams;
-  size_t stack_bytes;
+  size_t stack_bytes, most_shared;
   char* started;  // tokens: what precedes the launch comes before its threads,
   char* ended;    // and they before what follows it
 };
@@ -86,7 +86,7 @@ class Team {
   Votes wait_at(Barrier& barrier, const char* name, bool vote, Site site);
   Slot meet(unsigned mask, const char* name, const Contribution& contribution, Site site);
   void poll_again(const char* what, Site site);
-  void poll_done() { failed_polls_ = 0; }
+  void poll_done() { turns_of(*running_).failed_polls = 0; }
   void interleave();
   [[noreturn]] void report(const std::string& text) { report(*running_, text); }
   [[noreturn]] void report(const Thread& culprit, const std::string& text);
@@ -99,7 +99,15 @@ class Team {
   void place(Block& block, unsigned cluster, Thread* threads);
   std::string deadlock() const;
 
+  // Who could go on.
+  struct Turns {
+    Queue ready, polling;
+    size_t failed_polls = 0;  // in a row, while nothing else happened
+  };
+  Turns& turns_of(const Thread& thread) { return thread.slow ? slow_ : quick_; }
+
   Thread* choose();
+  Thread* choose(Turns& turns);
   void suspend(const char* waits_at, Site site);
   void resume(Thread& thread, Fiber& from);
   void become(Thread& thread);
@@ -126,8 +134,9 @@ class Team {
 
   Thread* running_ = nullptr;
   unsigned unfinished_ = 0;
-  Queue ready_, polling_;
-  size_t failed_polls_ = 0;  // in a row, while nothing else happened
+  Turns quick_, slow_;
+  bool stored_ = false;     // perhaps a word, since somebody was chosen
+  bool slow_went_ = false;  // since the quick looked
   std::mt19937_64 random_;
   std::string error_;
 };

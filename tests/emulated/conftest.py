@@ -2,7 +2,7 @@
 
 Each program is a small executable, not a Python module: a sanitizer then needs no LD_PRELOAD. The emulator's own files
 are never sanitized (csrc/emulator/emulator.h says why), so all flavours share their objects. The layer's kernels are
-built as a Python module as well, a twin of gunn_ext._core.
+built as a Python module as well, a twin of gunn_ext._core; their programs, from sources with faults to choose from.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import sysconfig
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import faults
 import pybind11
 import pytest
 
@@ -37,7 +38,7 @@ MODULE = {
     "cpu/level.cpp": ["-O0", "-fopenmp", "-Wno-psabi", "-DGUNN_LEVEL=baseline", "-DGUNN_VECTOR_BYTES=16"],
     "cpu/dispatch.cpp": ["-O0"],
 }
-SETTINGS = ("GUNN_EMULATOR_SEED", "GUNN_EMULATOR_WORKERS", "GUNN_EMULATOR_STACK_KB")
+SETTINGS = [f"GUNN_EMULATOR_{name}" for name in ("SEED", "WORKERS", "SLOW", "STACK_KB", "SHARED_KB", "PROCESSORS")]
 
 
 class Emulated:
@@ -48,6 +49,7 @@ class Emulated:
         self.objects = [self.pool.submit(self._compile_object, source, flags) for source, flags in MODULE.items()]
         self.emulators["portable"] = self.pool.submit(self._compile_emulator, "portable", ["-DGUNN_EMULATOR_UCONTEXT"])
         self.programs: dict[tuple[str, str], Future[Path]] = {}
+        faults.write_sources(folder / "faults")
 
     def _compile_emulator(self, name: str, flags: list[str]) -> list[str]:
         objects = []
@@ -76,7 +78,10 @@ class Emulated:
         target = self.folder / f"{program}-{flavour}"
         objects = self.emulators["portable" if flavour == "portable" else "own"].result()
         source = ["-x", "c++", str(KERNELS / f"{program}.cu"), "-x", "none"]
-        subprocess.run([*COMMON, *FLAVOURS[flavour], *source, *objects, "-pthread", "-o", str(target)], check=True)
+        compiler, *flags = COMMON
+        first = [f"-I{self.folder / 'faults'}"] if program.startswith("layer_") else []
+        command = [compiler, *first, *flags, *FLAVOURS[flavour], *source, *objects, "-pthread", "-o", str(target)]
+        subprocess.run(command, check=True)
         return target
 
     def build(self, program: str, flavour: str) -> Future[Path]:
@@ -86,7 +91,7 @@ class Emulated:
         return self.programs[key]
 
     def run(self, program: str, flavour: str, *cases: str, **settings: int) -> subprocess.CompletedProcess[str]:
-        """Runs cases in one process; ``seed``, ``workers`` and ``stack_kb`` become the emulator's variables."""
+        """Runs cases in one process; ``seed``, ``workers``, ``slow`` and so on become the emulator's variables."""
         environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         environment |= {f"GUNN_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
         environment.setdefault("TSAN_OPTIONS", "atexit_sleep_ms=0")  # 1 s otherwise

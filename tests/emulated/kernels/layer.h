@@ -5,28 +5,43 @@
 // have the same bits whatever lay in the workspace, whether pre-activations were kept or recomputed, in one call or in
 // steps; and that nothing was written but results. It prints a hash of them, for comparison between processes.
 //
-// `passes=1` runs a case only once. `planted=…` leaves something out, to show that it would be missed:
+// Cases that name the processors of their device run on the persistent driver, which has no steps and keeps nothing:
+// these are compared with a workspace that another pass has used.
 //
-//   tile.cuh:12      the barrier of that line                launch:clear   every launch of that name
-//   relaxed          the tree's additions order nothing      counter        the tree's counters are not reset
+// `passes=1` runs a case only once, `backward=no` without its backward. `planted=…` leaves something out, to show that
+// it would be missed:
+//
+//   tile.cuh:12      what that line says: a barrier; to wait for copies; to send a word, the first of epoch 2; to wait
+//                    for one
+//   stale:tile.cuh:12, late:tile.cuh:12   that word with the epoch before; to wait for one group of copies less
+//   launch:clear     every launch of that name
+//   relaxed          the tree's additions order nothing
+//   counter          the tree's counters are not reset
 //   piece:2          one byte of the pass's third piece of workspace
+//   any other word   what planted("word") stands for in the sources
 #pragma once
 
+#include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "cuda/words.cuh"
 #include "harness.h"
 
 namespace gunn::test {
 
 // What `planted=…` says, taken apart once.
 struct Plant {
-  std::string what = option("planted"), where;
+  std::string manner, what = option("planted"), where;
   int number = -1;
 
   Plant() {
+    for (const char* each : {"stale:", "late:"}) {
+      if (what.rfind(each, 0) == 0) manner = each, what.erase(0, manner.size());
+    }
     const size_t colon = what.find(':');
     if (colon == std::string::npos) return;
     where = what.substr(colon + 1);
@@ -42,9 +57,39 @@ struct Plant {
   }
 };
 
+inline bool planted(const char* what) { return Plant::get().what == what; }
+
 // With these names the kernels below are compiled.
 inline void barrier(emulator::Site site = emulator::Site::here()) {
   if (!Plant::get().leaves_out(site)) __syncthreads(site);
+}
+inline void warp_barrier(emulator::Site site = emulator::Site::here()) {
+  if (!Plant::get().leaves_out(site)) __syncwarp(~0u, site);
+}
+template <int pending>
+void wait_for_copies(emulator::Site site = emulator::Site::here()) {
+  if (!Plant::get().leaves_out(site)) return copy_async_wait<pending>();
+  if (Plant::get().manner == "late:") copy_async_wait<pending + 1>();
+}
+inline void send_word(Word* word, uint32_t bits, unsigned epoch, emulator::Site site = emulator::Site::here()) {
+  static std::atomic<bool> done{false};
+  if (epoch == 2 && Plant::get().leaves_out(site) && !done.exchange(true)) {
+    if (Plant::get().manner != "stale:") return;
+    --epoch;
+  }
+  send_bits(word, bits, epoch);
+}
+inline void send_word(Word* word, float value, unsigned epoch, emulator::Site site = emulator::Site::here()) {
+  send_word(word, __float_as_uint(value), epoch, site);
+}
+inline uint32_t receive_word(const Word* word, unsigned epoch, const char* what,
+                             emulator::Site site = emulator::Site::here()) {
+  if (Plant::get().leaves_out(site)) return static_cast<uint32_t>(load_relaxed(word));
+  return receive_bits(word, epoch, what);
+}
+inline float receive_number(const Word* word, unsigned epoch, const char* what,
+                            emulator::Site site = emulator::Site::here()) {
+  return __uint_as_float(receive_word(word, epoch, what, site));
 }
 inline unsigned arrive(unsigned* counter, unsigned value) {
   return Plant::get().what == "relaxed" ? atomicAdd(counter, value) : add_acquire_release(counter, value);
@@ -78,7 +123,7 @@ class Arena {
     const std::byte* end = pieces_.take<std::byte>(kGap) + kGap;
     const std::byte* data_end = reinterpret_cast<std::byte*>(piece + count);
     const test::Plant& plant = test::Plant::get();
-    if (plant.what == "piece" && plant.number == taken_) --data_end;
+    if (plant.what == "piece" && plant.number == taken_ && piece && count > 0) --data_end;
     if (piece) __asan_poison_memory_region(data_end, end - data_end);
     ++taken_;
     return piece;
@@ -95,11 +140,23 @@ class Arena {
 #endif
 
 #define __syncthreads() ::gunn::test::barrier()
+#define __syncwarp() ::gunn::test::warp_barrier()
+#define copy_async_wait ::gunn::test::wait_for_copies
+#define send(...) ::gunn::test::send_word(__VA_ARGS__)
+#define send_bits(...) ::gunn::test::send_word(__VA_ARGS__)
+#define receive(...) ::gunn::test::receive_number(__VA_ARGS__)
+#define receive_bits(...) ::gunn::test::receive_word(__VA_ARGS__)
 #define add_acquire_release(...) ::gunn::test::arrive(__VA_ARGS__)
 #define store_relaxed(...) ::gunn::test::reset(__VA_ARGS__)
 #define launch(...) ::gunn::test::launch_unless_planted(__VA_ARGS__)
-#include "cuda/staged.cuh"
+#include "cuda/drivers.cuh"
 #undef __syncthreads
+#undef __syncwarp
+#undef copy_async_wait
+#undef send
+#undef send_bits
+#undef receive
+#undef receive_bits
 #undef add_acquire_release
 #undef store_relaxed
 #undef launch
@@ -112,7 +169,8 @@ struct Setup {
   LayerShape shape;  // batch, channels, height, width, segments, expansion, units, shortcut, residual
   bool batch_statistics = true, need_input = true, need_parameters = true;
   Layout layout = Layout::nchw;
-  bool one_gradient = false;  // grad_y is a single value, expanded
+  bool one_gradient = false;          // grad_y is a single value, expanded
+  int processors = 0, shared_kb = 0;  // of the persistent driver's device; 0: the staged driver, all a device has
 };
 
 // Small, fixed numbers without a pattern.
@@ -233,6 +291,7 @@ FeatureMap<To> at(const FeatureMap<From>& strides, To* data) {
 struct Manner {
   bool keep, stepwise;
   unsigned char workspace;  // every byte of it
+  bool used = false;        // but then a forward of other data had it
 };
 
 template <class Scalar, class Wide>
@@ -265,12 +324,18 @@ Results run_pass(const Kernels<Scalar, Wide>& kernels, const Setup& setup, const
   if (!setup.batch_statistics) before.add("statistics", statistics);
   {
     Tensor<std::byte> workspace(sizes.forward_workspace, manner.workspace);
-    const ForwardTensors<Scalar, Wide> tensors{at(x_strides, static_cast<const Scalar*>(x.data())),
-                                               at(y_strides, y.data()),
-                                               units.data(),
-                                               statistics.data(),
-                                               manner.keep ? saved.data() : nullptr,
-                                               workspace.data()};
+    ForwardTensors<Scalar, Wide> tensors{at(x_strides, static_cast<const Scalar*>(x.data())),
+                                         at(y_strides, y.data()),
+                                         units.data(),
+                                         statistics.data(),
+                                         manner.keep ? saved.data() : nullptr,
+                                         workspace.data()};
+    if (manner.used) {
+      Tensor<Scalar> other(x.size());
+      tensors.x.data = other.random(4).data();
+      kernels.forward(shape, options, tensors);
+      tensors.x.data = x.data();
+    }
     if (!manner.stepwise) {
       kernels.forward(shape, options, tensors);
     } else {
@@ -290,6 +355,9 @@ Results run_pass(const Kernels<Scalar, Wide>& kernels, const Setup& setup, const
   after.add("x", x), parameters.add_to(after, "parameter "), after.add("statistics", statistics);
   before.expect_equal(after, "was changed by the forward");
   after.add("y", y), after.add("grad_y", grad_y), after.add("saved", saved);
+  Results made;
+  made.add("y", y), made.add("statistics", statistics);
+  if (option("backward") == "no") return made;
 
   Tensor<Scalar> grad_x(setup.need_input ? extent(shape, y_strides) : 0);
   {
@@ -329,23 +397,43 @@ Results run_pass(const Kernels<Scalar, Wide>& kernels, const Setup& setup, const
   results.add("statistics", statistics), parameters.add_to(results, "parameter ");
   after.expect_equal(results, "was changed by the backward");
 
-  Results made;
-  made.add("y", y), made.add("statistics", statistics);
   if (setup.need_input) made.add("grad_x", grad_x);
   if (setup.need_parameters) grads.add_to(made, "gradient ");
   return made;
+}
+
+// The device, and the driver it takes.
+template <class Scalar, class Wide>
+void prepare(const Kernels<Scalar, Wide>& kernels, const Setup& setup) {
+  const auto set = [](const char* name, const std::string& value) {
+    value.empty() ? unsetenv(name) : setenv(name, value.c_str(), 1);
+  };
+  const auto number = [](int value) { return value == 0 ? std::string() : std::to_string(value); };
+  set("GUNN_CUDA_DRIVER", setup.processors == 0 ? "" : "persistent");
+  set("GUNN_EMULATOR_PROCESSORS", number(setup.processors));
+  set("GUNN_EMULATOR_SHARED_KB", number(setup.shared_kb));
+  const Options options{
+      setup.batch_statistics, 1e-5, setup.shape.batch * setup.shape.height * setup.shape.width, 1, true, true, false};
+  const std::string driver = kernels.forward_driver(setup.shape, options, false);
+  if (driver != (setup.processors == 0 ? "staged" : "persistent")) throw WrongValue("it is the driver: " + driver);
 }
 
 // A workspace of NaNs, then one of large numbers.
 template <class Scalar, class Wide>
 void check(const char* name, const Kernels<Scalar, Wide>& kernels, const Setup& setup) {
   const bool steps = setup.batch_statistics && setup.need_input && setup.need_parameters;
-  const std::pair<Manner, const char*> others[] = {{{false, steps, 0xff}, "differs in steps"},
-                                                   {{true, false, 0xff}, "depends on what is kept"},
-                                                   {{false, false, 0x5a}, "depends on what lay in the workspace"}};
+  const std::vector<std::pair<Manner, const char*>> staged = {
+      {{false, steps, 0xff}, "differs in steps"},
+      {{true, false, 0xff}, "depends on what is kept"},
+      {{false, false, 0x5a}, "depends on what lay in the workspace"}};
+  const std::vector<std::pair<Manner, const char*>> persistent = {
+      {{false, false, 0x5a, true}, "depends on what an earlier pass left in the workspace"}};
+  const auto& others = setup.processors == 0 ? staged : persistent;
   const std::string passes = option("passes");
+  const size_t most = passes.empty() ? others.size() : std::stoi(passes) - 1;
+  prepare(kernels, setup);
   const Results first = run_pass(kernels, setup, {false, false, 0xff});
-  for (int i = 0; i < (passes.empty() ? 3 : std::stoi(passes) - 1); ++i) {
+  for (size_t i = 0; i < std::min(most, others.size()); ++i) {
     first.expect_equal(run_pass(kernels, setup, others[i].first), others[i].second);
   }
   std::printf("%s %016llx\n", name, static_cast<unsigned long long>(first.hash()));
@@ -374,11 +462,45 @@ inline const std::vector<std::pair<const char*, Setup>>& setups() {
   return all;
 }
 
+// Of k 8 and s 4 unless they say otherwise, four segments: every turn of a slot comes twice.
+inline const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
+  const auto on = [](int processors, Setup setup, int shared_kb = 0) {
+    setup.processors = processors, setup.shared_kb = shared_kb;
+    return setup;
+  };
+  const auto given = [](Setup setup) {
+    setup.batch_statistics = false;
+    return setup;
+  };
+  const Setup bands{{1, 16, 11, 16, 4, 2, 1, true, true}};  // of 4, 4 and 3 rows
+  static const std::vector<std::pair<const char*, Setup>> all = {
+      {"persistent_images", on(4, {{3, 16, 6, 7, 4, 2, 1, true, true}})},
+      {"persistent_images_given", on(4, given({{3, 16, 6, 7, 4, 2, 1, false, false}}))},
+      {"persistent_bands", on(4, bands)},
+      {"persistent_bands_given", on(4, given(bands))},
+      {"persistent_wide", on(4, {{2, 36, 8, 8, 3, 2, 1, true, true}})},  // k 24, s 12
+      {"persistent_wide_no_shortcut",
+       on(4, {{2, 36, 7, 9, 3, 2, 1, false, false}, true, true, true, Layout::channels_last})},
+      {"persistent_streamed", on(2, {{1, 36, 17, 16, 3, 2, 1, true, true}}, 80)},
+      {"persistent_streamed_bands_given", on(2, given({{1, 36, 33, 16, 3, 2, 1, true, true}}), 80)},
+      // An earlier pass's words have the right epoch.
+      {"persistent_one_segment", on(4, {{1, 4, 11, 16, 1, 2, 1, true, true}})},
+      {"persistent_one_segment_given", on(4, given({{1, 4, 11, 16, 1, 2, 1, true, true}}))},
+      {"persistent_eights", on(2, {{1, 32, 8, 8, 4, 1, 1, true, true}})},  // k and s 8: no channel is padding
+      {"persistent_eights_given", on(2, given({{1, 32, 16, 8, 4, 1, 1, true, true}}))},
+  };
+  return all;
+}
+
 template <class Scalar, class Wide>
 bool add_cases(const Kernels<Scalar, Wide>& kernels) {
-  for (const auto& entry : setups()) {
-    cases()[entry.first] = [&kernels, &entry] { check(entry.first, kernels, entry.second); };
-  }
+  const auto add = [&](const auto& setups) {
+    for (const auto& entry : setups) {
+      cases()[entry.first] = [&kernels, &entry] { check(entry.first, kernels, entry.second); };
+    }
+  };
+  add(setups());
+  if (sizeof(Scalar) == 2) add(persistent_setups());
   return true;
 }
 

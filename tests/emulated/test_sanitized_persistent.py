@@ -1,0 +1,182 @@
+"""The persistent driver: clean under sanitizers, the same bits under every schedule, and no fault goes unnoticed.
+
+kernels/layer.h says what each case checks. To ThreadSanitizer words are relaxed atomics: it lets them pass, and they
+order nothing, so whatever else one thread leaves for another needs a barrier of their block, or is a race. That words
+are right it cannot see: a fault of theirs shows in values, or as a poll that never ends. Under some schedules one block
+is slow: the others run ahead of it as far as words let them.
+"""
+
+import re
+
+import faults
+import pytest
+
+FORWARD = "backward=no"  # the backward is the staged driver's
+TRAIN = ("persistent_one_segment", "persistent_images", "persistent_bands", "persistent_eights")
+SMALL = tuple(f"{case}{mode}" for case in TRAIN for mode in ("", "_given"))
+CASES = (
+    *SMALL,
+    "persistent_streamed",
+    "persistent_streamed_bands_given",
+    "persistent_wide",
+    "persistent_wide_no_shortcut",
+)
+SLOW = [{"slow": block} for block in range(4)]  # the last of four is a clerk
+SCHEDULES = [{}, {"seed": 1}, *SLOW, {"slow": 0, "seed": 2}, {"slow": 1, "seed": 3}, {"slow": 2, "seed": 4}]
+
+# By a part of their own line, or of the next. The barrier at a segment's end orders what the one in the next segment's
+# first exchange orders as well; a clerk's lane takes again a word that it has taken before.
+SPARE = ("and those of the reduce have been read", "apart = receive(")
+DEADLOCKS = ("edges take no turns", "a column without a clerk")
+OVERRUNS = ("no room for results", "room for one turn of edges")  # the other faults show in values
+
+
+def lines_with(pattern):
+    return [
+        pytest.param(line, any(text in code for text in SPARE), id=line)
+        for line, code in faults.lines_with(pattern).items()
+    ]
+
+
+BARRIERS = lines_with(r"__sync(threads|warp)\(\)")
+WAITS = lines_with(r"\bcopy_async_wait<")
+SENT, RECEIVED = lines_with(r"\bsend(_bits)?\("), lines_with(r"\breceive(_bits)?\(")
+LAUNCHES = sorted(
+    {
+        name
+        for file in (*faults.HOST, "host.cuh")
+        for name in re.findall(r'(?:by_\w+\(|[{])"(\w+)"', (faults.CUDA / file).read_text())
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def programs(emulated):
+    """All that are needed, being built from now on."""
+    for built in ("bfloat16 plain", "bfloat16 thread", "float16 plain", "float16 thread", "bfloat16 address"):
+        dtype, flavour = built.split()
+        emulated.build(f"layer_{dtype}", flavour)
+    return emulated
+
+
+@pytest.fixture
+def layer(programs, monkeypatch):
+    """Runs cases of one dtype."""
+    monkeypatch.setenv("TSAN_OPTIONS", "atexit_sleep_ms=0 halt_on_error=1")
+
+    def run(dtype, flavour, *arguments, **settings):
+        return programs.run(f"layer_{dtype}", flavour, FORWARD, *arguments, **settings)
+
+    return run
+
+
+def hashes(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    return dict(line.split() for line in result.stdout.splitlines())
+
+
+@pytest.fixture(scope="module")
+def expected(programs):
+    return {
+        dtype: hashes(programs.run(f"layer_{dtype}", "plain", FORWARD, *CASES)) for dtype in ("bfloat16", "float16")
+    }
+
+
+@pytest.fixture
+def shown(layer, expected):
+    """How a fault shows under any schedule: as a ``deadlock``, in ``values``, or not at all (None)."""
+
+    def shown(planted):
+        for settings in SCHEDULES:
+            result = layer("bfloat16", "plain", f"planted={planted}", *SMALL, **settings)
+            if result.returncode == 3:
+                assert re.search(r"deadlock: .*: poll for ", result.stderr, re.DOTALL), result.stderr
+                return "deadlock"
+            if result.returncode == 1:
+                assert re.search(r"is not finite|depends on what an earlier pass left", result.stderr), result.stderr
+                return "values"
+            if any(expected["bfloat16"][case] != found for case, found in hashes(result).items()):
+                return "values"
+        return None
+
+    return shown
+
+
+@pytest.mark.parametrize("settings", SCHEDULES[1:], ids=str)
+def test_bits_depend_on_nothing_but_the_input(layer, expected, settings):
+    """Not on who is fast or slow; nor, within a process, on what lay in the workspace."""
+    assert hashes(layer("bfloat16", "plain", *CASES, **settings)) == expected["bfloat16"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"seed": 4, "workers": 2}, {"slow": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "flavour"), [("bfloat16", "thread"), ("bfloat16", "address"), ("float16", "thread")], ids=str
+)
+def test_passes_are_clean_under_sanitizers(layer, expected, dtype, flavour, settings):
+    chosen = CASES if dtype == "bfloat16" else ("persistent_bands", "persistent_wide_no_shortcut")
+    passes = "passes=1" if settings else "passes=2"
+    found = hashes(layer(dtype, flavour, passes, *chosen, **settings))
+    assert found == {case: expected[dtype][case] for case in chosen}
+
+
+@pytest.mark.parametrize(("barrier", "spare"), BARRIERS)
+def test_a_barrier_left_out_is_found(layer, barrier, spare):
+    result = layer("bfloat16", "thread", f"planted={barrier}", "passes=1", *(CASES if spare else SMALL))
+    if spare:
+        hashes(result)
+    else:
+        assert result.returncode == 66, result.stdout + result.stderr
+        assert re.search(r"data race.*cuda/\w+\.cuh", result.stderr, re.DOTALL), result.stderr
+
+
+@pytest.mark.parametrize(("wait", "spare"), WAITS)
+def test_copies_that_nobody_waits_for_are_found(shown, wait, spare):
+    """Not waited for at all, or for all groups but one that should have come as well."""
+    assert [shown(wait), shown(f"late:{wait}")] == [None if spare else "values"] * 2
+
+
+@pytest.mark.parametrize(("line", "spare"), SENT)
+def test_a_word_that_does_not_come_is_found(shown, line, spare):
+    """One word of one thread in the second segment: not sent, or with the epoch before."""
+    assert [shown(line), shown(f"stale:{line}")] == [None if spare else "deadlock"] * 2
+
+
+@pytest.mark.parametrize(("line", "spare"), RECEIVED)
+def test_a_word_taken_too_early_is_found(shown, line, spare):
+    """Whatever lies in the slot: results are then made, and sent on, before all blocks have taken part."""
+    assert shown(line) == (None if spare else "values")
+
+
+@pytest.mark.parametrize("fault", [fault for fault in faults.FAULTS if fault not in OVERRUNS])
+def test_faults_are_found(shown, fault):
+    assert shown(fault) == ("deadlock" if fault in DEADLOCKS else "values")
+
+
+@pytest.mark.parametrize("fault", OVERRUNS)
+def test_words_behind_their_piece_of_workspace_are_found(layer, fault):
+    result = layer("bfloat16", "address", f"planted={fault}", "passes=1", *SMALL)
+    assert result.returncode in (1, 66), result.stdout + result.stderr
+    assert re.search(r"AddressSanitizer.*cuda/words\.cuh", result.stderr, re.DOTALL), result.stderr
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_left_out_is_found(shown, name):
+    """Words that were not cleared are an earlier pass's."""
+    assert shown(f"launch:{name}") == "values"
+
+
+def test_a_byte_too_few_of_workspace_is_found(layer):
+    """The last of each piece, in a layer without padding; of the channels that are streamed, in one with."""
+    cases = ("persistent_eights", "persistent_eights_given", "persistent_streamed")
+    pieces = range(16)
+    found = {}
+    for piece in pieces:
+        for case in cases:
+            result = layer("bfloat16", "address", f"planted=piece:{piece}", "passes=1", case)
+            if result.returncode:
+                assert re.search(r"use-after-poison.*cuda/", result.stderr, re.DOTALL), result.stderr
+                found[piece] = case
+    assert [*found] == [*range(len(found))]
+    assert 8 < len(found) < len(pieces)
+    assert found[len(found) - 1] == "persistent_streamed"
