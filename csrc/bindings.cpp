@@ -135,9 +135,12 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> sizes(const LayerShape& shape, co
   });
 }
 
-std::string forward_driver(const LayerShape& shape, const Options& options, const std::string& dtype, bool keep) {
-  return with_kernels(options, dtype,
-                      [&](const auto& kernels) { return std::string(kernels.forward_driver(shape, options, keep)); });
+std::pair<std::string, std::string> drivers(const LayerShape& shape, const Options& options, const std::string& dtype,
+                                            bool keep) {
+  return with_kernels(options, dtype, [&](const auto& kernels) -> std::pair<std::string, std::string> {
+    const DriverNames names = kernels.drivers(shape, options, keep);
+    return {names.forward, names.backward};
+  });
 }
 
 template <class Scalar, class Wide>
@@ -254,7 +257,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_info", &build_info);
   m.def("simd_level", &simd_level);
   m.def("sizes", &sizes, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
-  m.def("forward_driver", &forward_driver, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
+  m.def("drivers", &drivers, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
   m.def("forward", &forward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "x"_a, "x_strides"_a, "y"_a,
         "y_strides"_a, "parameters"_a, "statistics"_a, "saved"_a, "workspace"_a, "step"_a = "", "segment"_a = 0,
         "unit"_a = 0, release);

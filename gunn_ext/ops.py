@@ -333,6 +333,45 @@ def _call(
     return _Call(found, shape, placed, x.dtype)
 
 
+def drivers(
+    x: Tensor,
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    residual: bool,
+    *,
+    batch_statistics: bool,
+    keep: bool,
+) -> tuple[str, str]:
+    """Name what would compute a gradual layer's forward and backward for ``x`` now: of several drivers the one taken.
+
+    Args:
+        x: Input; its shape, dtype and device count, its values do not.
+        segments: P.
+        expansion: K.
+        units: M.
+        shortcut: Whether unit 0 has a projection shortcut.
+        residual: Whether updates are added.
+        batch_statistics: Whether the batch's own statistics normalise.
+        keep: Whether the forward keeps pre-activations for the backward.
+
+    Returns:
+        ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU; ``reference`` where no kernel takes the dtype.
+
+    Raises:
+        RuntimeError: Nothing here serves the device of ``x``.
+    """
+    found = _backend_of(x.device)
+    if x.dtype not in found.dtypes:
+        return "reference", "reference"
+    tensor_float = x.dtype == torch.float32 and found.allows_tensor_float()
+    options = {"batch_statistics": batch_statistics, "eps": 1.0}
+    call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
+    forward, backward = found.core.drivers(call.shape, call.options, call.name, keep)
+    return forward, backward
+
+
 # --- The two operators ---------------------------------------------------------------------------------------------
 
 

@@ -8,26 +8,28 @@ import re
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-KERNELS = ("persistent.cuh",)  # what runs in a persistent launch
-HOST = ("whole.cuh",)  # what launches it
+KERNELS = ("pixel_block.cuh", "persistent_forward.cuh", "persistent_backward.cuh", "weight_products.cuh")  # what runs in a persistent launch
+HOST = ("persistent.cuh",)  # what launches it
 
 # An expression of one line, between the texts that tell where it stands, and a wrong one instead.
 FAULTS = {
-    "edges take no turns": ("chain_.edges + ((", "epoch % 2", "0", " * chain_.blocks + block)"),
-    "the row above is left out": (
-        "if (band == (",
-        "lower ? chain_.bands - 1 : 0",
-        "lower ? chain_.bands - 1 : band",
-        ")",
+    "edges take no turns": ("base_.edges + ((", "epoch % 2", "0", " * base_.blocks + block)"),
+    "the row above is left out": ("begin = ", "band == 0", "true", " ? words : 0"),
+    "the row below is left out": ("end = ", "band == base_.bands - 1", "true", " ? words : 2 * words"),
+    "the first row goes out twice": ("column = ", "lower ? m - (count_ - width) : m", "m", ";"),
+    "a block too few in statistics": ("if (", "j < pairs.count", "j < pairs.count - 1", ") sum += values"),
+    "deviations of a block too few": ("if (", "j >= pairs.count", "j >= pairs.count - 1", ") break;"),
+    "a block too few in sums": ("if (", "j < pairs.count", "j < pairs.count - 1", ") sum += pairs"),
+    "a column of statistics without a clerk": (
+        "if (",
+        "place.row < 0",
+        "place.row < 0 || column == 3",
+        ") continue;  // nobody's column",
     ),
-    "the row below is left out": ("if (band == (", "lower ? chain_.bands - 1 : 0", "lower ? band : 0", ")"),
-    "the first row goes out twice": ("m / width != (", "lower ? rows - 1 : 0", "0", "))"),
-    "means of a block too few": ("b < ", "blocks", "blocks - 1", "; b += 32) sum +="),
-    "deviations of a block too few": ("b < ", "blocks", "blocks - 1", "; b += 32) {"),
-    "a column without a clerk": ("if (", "place.row < 0", "place.row < 0 || column == 3", ") continue;"),
-    "half of the words is cleared": ("clear_words_ = ", "2 * words", "words", ";"),
-    "no room for results": ("words += 2 * each * (", "chain_.blocks + 1", "chain_.blocks", ")"),
-    "room for one turn of edges": ("words += int64_t{", "4", "2", "} * chain_.blocks"),
+    "a column of sums without a clerk": ("if (", "place.row < 0", "place.row < 0 || column == 3", ") continue;  // padding"),
+    "half of the words is cleared": ('"clear", ', "2 * words_", "words_", "), clear"),
+    "no room for results": ("words_ += 2 * each * (", "chain.blocks + 1", "chain.blocks", ")"),
+    "room for one turn of edges": ("words_ += int64_t{", "4", "2", "} * chain.blocks"),
 }
 
 

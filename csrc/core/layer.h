@@ -38,6 +38,7 @@ struct Options {
   int device = -1;            // of the GPU whose kernels run; -1: the CPU's
   void* stream = nullptr;     // a cudaStream_t of that device
   bool tensor_float = false;  // a GPU may multiply float32 with 10 bits of mantissa (TF32)
+  int64_t block = 0;          // GPU backward: segments recomputed at once; 0: as many as memory allows
 };
 
 // 16-bit storage, as bits: bfloat16 and IEEE half.
@@ -97,11 +98,15 @@ struct Sizes {
   int64_t forward_workspace, backward_workspace;  // bytes
 };
 
+struct DriverNames {
+  const char *forward, *backward;
+};
+
 // One backend at one instruction set and dtype.
 template <class Scalar, class Wide = Scalar>
 struct Kernels {
   Sizes (*sizes)(const LayerShape&, const Options&, bool keep);
-  const char* (*forward_driver)(const LayerShape&, const Options&, bool keep);  // which of several serves
+  DriverNames (*drivers)(const LayerShape&, const Options&, bool keep);  // which of several serve
   void (*forward)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&);
   void (*forward_step)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&, Forward, int64_t segment,
                        int64_t unit);

@@ -53,12 +53,11 @@ void backward_step(const LayerShape& shape, const Options& options, const Backwa
   in_parallel(options.threads, [&](const Team& team) { pass.step(team, which, segment, unit); });
 }
 
-inline const char* forward_driver(const LayerShape&, const Options&, bool) { return "fused"; }
+inline DriverNames drivers(const LayerShape&, const Options&, bool) { return {"fused", "fused"}; }
 
 template <class Scalar>
 constexpr Kernels<Scalar> kernels() {
-  return {sizes<Scalar>,        forward_driver,   forward<Scalar>,
-          forward_step<Scalar>, backward<Scalar>, backward_step<Scalar>};
+  return {sizes<Scalar>, drivers, forward<Scalar>, forward_step<Scalar>, backward<Scalar>, backward_step<Scalar>};
 }
 
 }  // namespace

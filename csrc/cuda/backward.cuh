@@ -208,14 +208,16 @@ __host__ GUNN_DEVICE GradientShape gradient_shape(const Extents& extents, Which 
 // Owns:      block (tile of weight rows x tile of weight columns, range of pixels, segment).
 // Barriers:  three a chunk of pixels: the window moves with it.
 // Leaves:    partial sums of its range; sum_partials adds the ranges in order.
+// Rows:      computed from d and z, or `ready` in memory (view.cuh).
 // Costs:     2*pixels*rows*width FLOPs; reads rows + width values a pixel once for each tile of the other.
-template <class Precision, Which which, bool first_unit>
+template <class Precision, Which which, bool first_unit, bool ready>
 __global__ void __launch_bounds__(kThreads, kResident<Precision>)
     weight_gradient(View<Precision> view, int first_segment, int unit, int64_t range,
                     typename Precision::Wide* partials) {
-  using Rows = std::conditional_t<which == Which::reduce, GradientOfInput<Precision, Norm::reduce>,
-                                  std::conditional_t<which == Which::spatial, GradientOfInput<Precision, Norm::spatial>,
-                                                     GradientOfInput<Precision, Norm::project>>>;
+  constexpr Norm kNorm = which == Which::reduce    ? Norm::reduce
+                         : which == Which::spatial ? Norm::spatial
+                                                   : Norm::project;
+  using Rows = std::conditional_t<ready, ReadyGradient<Precision, kNorm>, GradientOfInput<Precision, kNorm>>;
   using Inputs =
       std::conditional_t<which == Which::reduce, std::conditional_t<first_unit, State<Precision>, UnitInput<Precision>>,
                          Activated<Precision, which == Which::spatial ? 9 : 1>>;

@@ -2,12 +2,10 @@
 // never of time.
 #pragma once
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
-#include "cuda/staged.cuh"
-#include "cuda/whole.cuh"
+#include "cuda/persistent.cuh"
 
 namespace gunn {
 
@@ -28,26 +26,33 @@ struct Drivers {
   static constexpr bool kPersistent = sizeof(Storage) == 2;
 
   static Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
-    int64_t forward = StagedForward<Precision>::workspace_bytes(shape, options, keep);
+    Sizes sizes{StagedForward<Precision>::saved_rows(shape, options), shape.height * shape.width,
+                StagedForward<Precision>::workspace_bytes(shape, options, keep),
+                StagedBackward<Precision>::workspace_bytes(shape, options, keep)};
     if constexpr (kPersistent) {
       if (persistent_wanted()) {
-        PersistentForward<Precision> persistent(shape, options, keep);
-        if (persistent.takes()) forward = persistent.workspace_bytes();
+        PersistentForward<Precision> forward(shape, options);
+        PersistentBackward<Precision> backward(shape, options, keep);
+        if (forward.takes()) sizes.forward_workspace = forward.workspace_bytes();
+        if (backward.takes()) sizes.backward_workspace = backward.workspace_bytes();
       }
     }
-    return {StagedForward<Precision>::saved_rows(shape, options), shape.height * shape.width, forward,
-            StagedBackward<Precision>::workspace_bytes(shape, options, keep)};
+    return sizes;
   }
-  static const char* forward_driver(const LayerShape& shape, const Options& options, bool keep) {
+  static DriverNames drivers(const LayerShape& shape, const Options& options, bool keep) {
+    DriverNames names{"staged", "staged"};
     if constexpr (kPersistent) {
-      if (persistent_wanted() && PersistentForward<Precision>(shape, options, keep).takes()) return "persistent";
+      if (persistent_wanted()) {
+        if (PersistentForward<Precision>(shape, options).takes()) names.forward = "persistent";
+        if (PersistentBackward<Precision>(shape, options, keep).takes()) names.backward = "persistent";
+      }
     }
-    return "staged";
+    return names;
   }
   static void forward(const LayerShape& shape, const Options& options, const ForwardTensors<Storage, Wide>& tensors) {
     if constexpr (kPersistent) {
       if (persistent_wanted()) {
-        PersistentForward<Precision> persistent(shape, options, tensors.saved != nullptr);
+        PersistentForward<Precision> persistent(shape, options);
         if (persistent.takes()) return persistent.run(tensors);
       }
     }
@@ -58,6 +63,12 @@ struct Drivers {
     StagedForward<Precision>(shape, options, tensors).step(which, segment, unit);
   }
   static void backward(const LayerShape& shape, const Options& options, const BackwardTensors<Storage, Wide>& tensors) {
+    if constexpr (kPersistent) {
+      if (persistent_wanted()) {
+        PersistentBackward<Precision> persistent(shape, options, tensors.saved != nullptr);
+        if (persistent.takes()) return persistent.run(tensors);
+      }
+    }
     StagedBackward<Precision>(shape, options, tensors).run();
   }
   static void backward_step(const LayerShape& shape, const Options& options,
@@ -66,7 +77,7 @@ struct Drivers {
     StagedBackward<Precision>(shape, options, tensors).step(which, segment, unit);
   }
   static constexpr Kernels<Storage, Wide> table() {
-    return {sizes, forward_driver, forward, forward_step, backward, backward_step};
+    return {sizes, drivers, forward, forward_step, backward, backward_step};
   }
 };
 

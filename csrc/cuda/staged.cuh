@@ -267,7 +267,7 @@ class StagedForward : StagedPass<Precision> {
 };
 
 template <class Precision>
-class StagedBackward : StagedPass<Precision> {
+class StagedBackward : protected StagedPass<Precision> {
   using Pass = StagedPass<Precision>;
   using typename Pass::Storage;
   using typename Pass::Units;
@@ -277,22 +277,21 @@ class StagedBackward : StagedPass<Precision> {
  public:
   StagedBackward(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : Pass(shape, options), tensors_(tensors) {
-    bool g_in_place = false;
     if constexpr (std::is_same_v<Storage, Wide>) {
-      g_in_place = options.need_input && is_pixel_major(tensors.grad_x, shape);
-      if (g_in_place) g_ = tensors.grad_x.data;
+      g_in_place_ = options.need_input && is_pixel_major(tensors.grad_x, shape);
+      if (g_in_place_) g_ = tensors.grad_x.data;
     }
     Arena arena(tensors.workspace);
     // The saved pre-activations are only read; one buffer type serves both cases.
     take(arena, const_cast<Storage*>(tensors.saved), is_pixel_major(tensors.x, shape), is_pixel_major(tensors.y, shape),
-         g_in_place);
+         own_chain());
   }
 
   static int64_t workspace_bytes(const LayerShape& shape, const Options& options, bool kept) {
     StagedBackward pass(shape, options);
     Arena arena(nullptr);
     Storage pretend;
-    pass.take(arena, kept ? &pretend : nullptr, false, false, false);
+    pass.take(arena, kept ? &pretend : nullptr, false, false, pass.own_chain());
     return arena.bytes();
   }
 
@@ -329,46 +328,59 @@ class StagedBackward : StagedPass<Precision> {
     }
   }
 
- private:
+ protected:
   StagedBackward(const LayerShape& shape, const Options& options) : Pass(shape, options) {}
+
+  // Who runs the chain of gradients. `ready`: a driver of its own, which keeps the gradient of the state to itself and
+  // leaves gradients of pre-activations instead of those behind the batch norms.
+  struct ChainOwner {
+    int64_t budget;  // bytes of a block of segments
+    bool ready;
+    bool products;  // it makes the gradients of weights, too
+  };
+  ChainOwner own_chain() const {
+    const int64_t x = this->shape_.channels * this->view_.extents.pixels * static_cast<int64_t>(sizeof(Storage));
+    return {std::max<int64_t>(kLeastBudget, x), false, false};
+  }
 
   static constexpr int64_t kLeastBudget = int64_t{32} << 20;  // bytes
   static constexpr int64_t kLeastRange = 1024;                // pixels of one partial sum of weights
   static constexpr int64_t kMostRanges = 64;
   static constexpr int64_t kMostPartials = int64_t{4} << 20;  // elements, of one segment
 
-  void take(Arena& arena, Storage* saved, bool x_as_it_is, bool y_as_it_is, bool g_in_place) {
+  void take(Arena& arena, Storage* saved, bool x_as_it_is, bool y_as_it_is, const ChainOwner& owner) {
     const LayerShape& shape = this->shape_;
     const Extents& e = this->view_.extents;
     kept_ = saved != nullptr;
+    ready_ = owner.ready;
     std::vector<Pack> packs{Pack::reduce_transposed, Pack::spatial_transposed, Pack::project_transposed};
     if (!kept_) packs.insert(packs.end(), {Pack::reduce, Pack::spatial, Pack::project});
     Pass::take(arena, std::max(e.reduce_columns(0), 2 * e.s()), packs);
-    const int64_t rows = (kept_ ? 0 : e.z_rows()) + e.d_rows();
-    const int64_t budget =
-        std::max<int64_t>(kLeastBudget, shape.channels * e.pixels * static_cast<int64_t>(sizeof(Storage)));
+    const int64_t d_rows = ready_ ? e.z_rows() : e.d_rows(), rows = (kept_ ? 0 : e.z_rows()) + d_rows;
     const int64_t each = rows * e.pixels * static_cast<int64_t>(sizeof(Storage));
-    block_ = std::clamp<int64_t>(budget / each, 1, shape.segments);
+    const int64_t most = std::clamp<int64_t>(owner.budget / each, 1, shape.segments);
+    const int64_t blocks = (shape.segments + most - 1) / most;
+    usual_block_ = (shape.segments + blocks - 1) / blocks;  // as equal as may be
+    block_ = this->options_.block > 0 ? std::min(this->options_.block, shape.segments) : usual_block_;
     if (this->options_.stepwise) block_ = 1;
     this->view_.z = kept_ ? saved : arena.take<Storage>(block_ * e.pixels * e.z_rows());
-    this->view_.d = arena.take<Storage>(block_ * e.pixels * e.d_rows());
+    this->view_.d = arena.take<Storage>(block_ * e.pixels * d_rows);
     saved_ = saved;
     x_copy_ = this->template take_copy<Storage>(arena, !x_as_it_is);
     y_copy_ = this->template take_copy<Storage>(arena, !y_as_it_is);
     this->view_.x = x_copy_ ? x_copy_ : tensors_.x.data;
     this->view_.y = y_copy_ ? y_copy_ : tensors_.y.data;
     this->view_.x_step = this->view_.y_step = this->pixel_step();
-    g_in_place_ = g_in_place;
-    if (!g_in_place) g_ = this->template take_copy<Wide>(arena, true);
-    if (!this->options_.need_parameters) return;
-    int64_t most = 0;
+    if (!g_in_place_ && !ready_) g_ = this->template take_copy<Wide>(arena, true);
+    if (!this->options_.need_parameters || owner.products) return;
+    int64_t elements = 0;
     for (int m = 0; m < e.units; ++m) {
       for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
         const GradientShape size = gradient_shape(e, which, m);
-        most = std::max(most, ranges(size) * size.rows * size.width);
+        elements = std::max(elements, ranges(size) * size.rows * size.width);
       }
     }
-    partials_ = arena.take<Wide>(block_ * most);
+    partials_ = arena.take<Wide>(block_ * elements);
   }
 
   int64_t ranges(const GradientShape& shape) const {
@@ -385,7 +397,7 @@ class StagedBackward : StagedPass<Precision> {
     fill_slopes();
     if (x_copy_) this->copy(tensors_.x, pixel_major(x_copy_, this->shape_, this->pixel_step()), this->pixel_step());
     if (y_copy_) this->copy(tensors_.y, pixel_major(y_copy_, this->shape_, this->pixel_step()), this->pixel_step());
-    this->copy(tensors_.grad_y, g_map(), this->shape_.channels);
+    if (!ready_) this->copy(tensors_.grad_y, g_map(), this->shape_.channels);
   }
   void finish() const {
     if (this->options_.need_input && !g_in_place_) this->copy(g_map(), tensors_.grad_x, this->shape_.channels);
@@ -453,41 +465,59 @@ class StagedBackward : StagedPass<Precision> {
            this->packed(Pack::reduce_transposed, m));
   }
 
+  // Where the gradients of a unit's weights go.
+  WeightGradients<Wide> destination(Which which, int64_t m) const {
+    const Extents& e = this->view_.extents;
+    const int unit = static_cast<int>(m);
+    const UnitTensors<Wide*>& grads = tensors_.grads[m];
+    switch (which) {
+      case Which::reduce:
+        return {grads.reduce, grads.shortcut, e.hidden, e.projects(unit) ? e.segment : 0, e.inputs(unit), e.k(), 1};
+      case Which::spatial:
+        return {grads.spatial, nullptr, e.hidden, 0, 9 * e.hidden, 0, 9};
+      default:
+        return {grads.project, nullptr, e.segment, 0, e.hidden, 0, 1};
+    }
+  }
+  void launch_sums(const Wide* partials, int64_t ranges, Which which, int64_t first, int64_t count, int64_t m) const {
+    const WeightGradients<Wide> to = destination(which, m);
+    const GradientShape size = gradient_shape(this->view_.extents, which, static_cast<int>(m));
+    launch(this->launcher_.by_element("sum_partials", count * (to.upper_rows + to.lower_rows) * to.width),
+           sum_partials<Wide>, partials, ranges, static_cast<int>(first), static_cast<int>(count), size, to);
+  }
   template <Which which, bool first_unit>
-  void launch_weights(int64_t first, int64_t count, int64_t m, const WeightGradients<Wide>& to) const {
+  void launch_weights(int64_t first, int64_t count, int64_t m) const {
     const GradientShape size = gradient_shape(this->view_.extents, which, static_cast<int>(m));
     const int64_t parts = ranges(size), pixels = this->view_.extents.pixels;
     constexpr int64_t kDepth = Pool<Precision>::kDepth;
     const int64_t range = round_up((pixels + parts - 1) / parts, kDepth), used = (pixels + range - 1) / range;
     const dim3 grid(static_cast<unsigned>(this->tiles_of(size.rows) * this->tiles_of(size.width)),
                     static_cast<unsigned>(used), static_cast<unsigned>(count));
+    auto kernel = weight_gradient<Precision, which, first_unit, false>;
+    if constexpr (sizeof(Storage) == 2) {
+      if (ready_) kernel = weight_gradient<Precision, which, true, true>;
+    }
     launch(
         Launch{"weight_gradient", grid, dim3(kThreads), sizeof(Pool<Precision>), this->launcher_.stream, &this->shape_},
-        weight_gradient<Precision, which, first_unit>, this->view_, static_cast<int>(first), static_cast<int>(m), range,
-        partials_);
-    launch(this->launcher_.by_element("sum_partials", count * (to.upper_rows + to.lower_rows) * to.width),
-           sum_partials<Wide>, partials_, used, static_cast<int>(first), static_cast<int>(count), size, to);
+        kernel, this->view_, static_cast<int>(first), static_cast<int>(m), range, partials_);
+    launch_sums(partials_, used, which, first, count, m);
   }
   void weights(int64_t first, int64_t count) const {
     if (!this->options_.need_parameters) return;
-    const Extents& e = this->view_.extents;
-    for (int m = 0; m < e.units; ++m) {
-      const UnitTensors<Wide*>& grads = tensors_.grads[m];
-      const WeightGradients<Wide> reduce{grads.reduce, grads.shortcut, e.hidden, e.projects(m) ? e.segment : 0,
-                                         e.inputs(m),  e.k(),          1};
+    for (int m = 0; m < this->view_.extents.units; ++m) {
       if (m == 0) {
-        launch_weights<Which::reduce, true>(first, count, m, reduce);
+        launch_weights<Which::reduce, true>(first, count, m);
       } else {
-        launch_weights<Which::reduce, false>(first, count, m, reduce);
+        launch_weights<Which::reduce, false>(first, count, m);
       }
-      launch_weights<Which::spatial, true>(first, count, m, {grads.spatial, nullptr, e.hidden, 0, 9 * e.hidden, 0, 9});
-      launch_weights<Which::project, true>(first, count, m, {grads.project, nullptr, e.segment, 0, e.hidden, 0, 1});
+      launch_weights<Which::spatial, true>(first, count, m);
+      launch_weights<Which::project, true>(first, count, m);
     }
   }
 
   Tensors tensors_{};
-  bool kept_ = false, g_in_place_ = false;
-  int64_t block_ = 1;
+  bool kept_ = false, ready_ = false, g_in_place_ = false;
+  int64_t block_ = 1, usual_block_ = 1;
   Storage *saved_ = nullptr, *x_copy_ = nullptr, *y_copy_ = nullptr;
   Wide *g_ = nullptr, *partials_ = nullptr;
 };

@@ -21,13 +21,21 @@ GUNN_DEVICE void set_affine(const Tables<Wide>& tables, int64_t at, Wide mean, W
   tables.shift[at] = bias - mean * scale;
 }
 
-// d, a gradient behind the batch norm, has `sum`; d * (z - mean) has `product`; both over `count` values.
+// A batch norm's b and c. d, a gradient behind it, has `sum`; d * (z - mean) has `product`; both over `count` values.
+template <class Wide>
+struct Slope {
+  Wide b, c;
+
+  GUNN_DEVICE Slope(double scale, double inverse, double sum, double product, double count)
+      : b(static_cast<Wide>(-scale * inverse * inverse * product / count)),
+        c(static_cast<Wide>(-scale * sum / count)) {}
+};
 template <class Wide>
 GUNN_DEVICE void set_slope(const Tables<Wide>& tables, int64_t at, double sum, double product, double count) {
-  const double scale = tables.scale[at], inverse = tables.inverse[at];
+  const Slope<Wide> slope(tables.scale[at], tables.inverse[at], sum, product, count);
   tables.a[at] = tables.scale[at];
-  tables.b[at] = static_cast<Wide>(-scale * inverse * inverse * product / count);
-  tables.c[at] = static_cast<Wide>(-scale * sum / count);
+  tables.b[at] = slope.b;
+  tables.c[at] = slope.c;
 }
 
 // One batch norm of all segments: as parameters (P, channels), from `row` on in statistics (P, rows), from `z_row` on

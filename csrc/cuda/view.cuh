@@ -330,6 +330,24 @@ struct GradientOfInput {
   }
 };
 
+// The same where it lies in memory: `d` then has the rows of z.
+template <class Precision, Norm norm>
+struct ReadyGradient {
+  using Column = int;
+  const PixelWindow& window;
+  const typename Precision::Storage* dz;
+  int64_t step;
+
+  GUNN_DEVICE ReadyGradient(const View<Precision>& view, const PixelWindow& window_, int segment, int unit)
+      : window(window_), step(view.extents.z_rows()) {
+    dz = view.d + (segment - view.first_segment) * view.extents.pixels * step + view.extents.z_row(norm, unit);
+  }
+  GUNN_DEVICE Column column(int channel) const { return channel; }
+  GUNN_DEVICE void values(int m, Column channel, Values<Precision>& out) const {
+    read<Precision>(dz + (window.first + m) * step + channel, out);
+  }
+};
+
 // ---- Staging a chunk
 
 template <class Precision>

@@ -13,17 +13,27 @@ using Word = unsigned long long;
 GUNN_DEVICE void send_bits(Word* word, uint32_t bits, unsigned epoch) {
   store_relaxed(word, static_cast<Word>(epoch) << 32 | bits);
 }
-GUNN_DEVICE uint32_t receive_bits(const Word* word, unsigned epoch, const char* what) {
-  Word seen = 0;
-  poll(what, [&] {
-    seen = load_relaxed(word);
-    return static_cast<unsigned>(seen >> 32) == epoch;
-  });
-  return static_cast<uint32_t>(seen);
-}
 GUNN_DEVICE void send(Word* word, float value, unsigned epoch) { send_bits(word, __float_as_uint(value), epoch); }
-GUNN_DEVICE float receive(const Word* word, unsigned epoch, const char* what) {
-  return __uint_as_float(receive_bits(word, epoch, what));
+
+// The values of the words at(0), at(1), …; where at() is null there is none, and 0. All are asked for at once: the way
+// to memory and back is waited for once, not once a word.
+template <int count, class At>
+GUNN_DEVICE void receive(uint32_t (&values)[count], unsigned epoch, const char* what, const At& at) {
+  Word seen[count];
+  poll(what, [&] {
+    bool all = true;
+    GUNN_UNROLL
+    for (int j = 0; j < count; ++j) {
+      const Word* word = at(j);
+      seen[j] = static_cast<Word>(epoch) << 32;
+      if (word != nullptr) seen[j] = load_relaxed(word);
+    }
+    GUNN_UNROLL
+    for (int j = 0; j < count; ++j) all = all && static_cast<unsigned>(seen[j] >> 32) == epoch;
+    return all;
+  });
+  GUNN_UNROLL
+  for (int j = 0; j < count; ++j) values[j] = static_cast<uint32_t>(seen[j]);
 }
 
 }  // namespace gunn

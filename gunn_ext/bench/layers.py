@@ -26,22 +26,14 @@ from gunn_ext.bench.verify import Yardstick, initial_state
 def predicted_ms(
     peer: Peer, driver: str | None, sizes: LayerSizes, batch: int, dtype: str, which: str, limits: DeviceLimits | None
 ) -> float | None:
-    """What the performance model says of a peer, where it says something.
-
-    The persistent driver has a forward of its own; its backward is the staged one.
-    """
+    """What the performance model says of a peer, where it says something."""
     if limits is None or dtype not in limits.peak_flops or peer.compiled or peer.checkpointed:
         return None
     if limits.launch > 0 and not peer.graphed:  # launches from the host are not in the model
         return None
-    if peer.ours and driver == "fused":
-        return 1e3 * fused(sizes, batch, dtype, limits, recompute=peer.recompute).seconds(which)
-    if peer.ours and driver in ("staged", "persistent"):
-        found = staged(sizes, batch, dtype, limits, recompute=peer.recompute)
-        if driver == "persistent":
-            ahead = persistent(sizes, batch, dtype, limits, recompute=peer.recompute)
-            found = replace(ahead, backward=found.backward)
-        return 1e3 * found.seconds(which)
+    models = {"fused": fused, "staged": staged, "persistent": persistent}
+    if peer.ours and driver in models:
+        return 1e3 * models[driver](sizes, batch, dtype, limits, recompute=peer.recompute).seconds(which)
     if not peer.gradual and limits.launch > 0:
         return 1e3 * simultaneous(sizes, batch, dtype, limits).seconds(which)
     return None

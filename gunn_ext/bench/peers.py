@@ -113,21 +113,15 @@ def asking_for(driver: str | None) -> Iterator[None]:
 
 
 def served_driver(layer: StackedLayer, x: Tensor) -> str:
-    """Which driver the kernels take for the forward of ``x``, as asked for now; ``reference`` where none takes it."""
-    backend = ops._backend_of(x.device)
-    if x.dtype not in backend.dtypes:
-        return "reference"
-    call = ops._call(
+    """Which driver the kernels take for ``x``, as asked for now; two names where the backward has another."""
+    forward, backward = ops.drivers(
         x,
         layer.segments,
         layer.expansion,
         layer.num_units,
         layer.shortcut,
         layer.residual,
-        x.dtype == torch.float32 and backend.allows_tensor_float(),
         batch_statistics=layer.training,
-        eps=layer.eps,
+        keep=layer.training and not layer.recompute,
     )
-    keep = layer.training and not layer.recompute
-    driver: str = backend.core.forward_driver(call.shape, call.options, call.name, keep)
-    return driver
+    return forward if forward == backward or not layer.training else f"{forward}, {backward}"

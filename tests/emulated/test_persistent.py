@@ -1,4 +1,4 @@
-"""The persistent forward: which layers it takes, that it computes what the staged driver does, in every way it can."""
+"""The persistent driver: which layers it takes, that it computes what the staged driver does, in every way it can."""
 
 from dataclasses import replace
 
@@ -52,7 +52,8 @@ def driver(core):
             residual=case.residual,
         )
         options = core.Options(shape, batch_statistics=case.mode == "train", eps=1e-5, threads=1, device=0)
-        return core.forward_driver(shape, options, dtype, keep)
+        forward, backward = core.drivers(shape, options, dtype, keep)
+        return forward if forward == backward else f"{forward}, {backward}"
 
     return driver
 
@@ -95,17 +96,37 @@ def test_channels_that_find_no_room_are_streamed(monkeypatch, driver, mode):
     assert_within_rule(ours, oracle, plain, FORWARD, "y")
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("case", [WIDE, BANDS, replace(NARROW, batch=2)], ids=str)
+def test_kept_pre_activations(driver, case, mode):
+    case = replace(case, mode=mode)
+    assert driver(case, keep=True) == "persistent"
+    laws.recomputation_changes_no_bit(sample_for("bfloat16", case, 0), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(24, 2, batch=1, height=2, width=300), Case(432, 36, batch=1, height=4, width=4)], ids=str
+)
+def test_products_that_do_not_fit_are_the_staged_driver_s(driver, case):
+    """Rows that are too wide, or too many channels, for the products that follow the chain."""
+    assert driver(case) == "persistent"
+    laws.rule_holds(sample_for("bfloat16", case, 0), "bfloat16")
+
+
 def test_what_it_does_not_take(monkeypatch, driver):
     assert driver(WIDE, "float32") == "staged"
     assert driver(WIDE, "float64") == "staged"
-    assert driver(WIDE, keep=True) == "staged"
     assert driver(replace(WIDE, units=2)) == "staged"
     assert driver(replace(WIDE, expansion=3)) == "staged"
     processors(monkeypatch, 2)
     assert driver(WIDE) == "staged"  # two images and a clerk
-    assert driver(replace(WIDE, mode="eval")) == "persistent"  # nobody waits for anybody
-    assert driver(replace(BANDS, mode="eval", batch=200)) == "persistent"
+    # In evaluation nobody waits for anybody; but sums for the gradients of batch norms need a clerk.
+    assert driver(replace(WIDE, mode="eval")) == "persistent, staged"
+    assert driver(replace(BANDS, mode="eval", batch=200)) == "persistent, staged"
     assert driver(Case(240, 20, batch=2, height=32, width=32, mode="eval")) == "staged"
+    processors(monkeypatch, 300)
+    assert driver(replace(WIDE, batch=256)) == "persistent"
+    assert driver(replace(WIDE, batch=257)) == "staged"  # more blocks than a clerk's lanes take
 
 
 def test_it_serves_only_where_it_is_asked_for(monkeypatch, core, driver):

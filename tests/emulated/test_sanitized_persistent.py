@@ -11,7 +11,6 @@ import re
 import faults
 import pytest
 
-FORWARD = "backward=no"  # the backward is the staged driver's
 TRAIN = ("persistent_one_segment", "persistent_images", "persistent_bands", "persistent_eights")
 SMALL = tuple(f"{case}{mode}" for case in TRAIN for mode in ("", "_given"))
 CASES = (
@@ -20,14 +19,15 @@ CASES = (
     "persistent_streamed_bands_given",
     "persistent_wide",
     "persistent_wide_no_shortcut",
+    "persistent_no_input",
+    "persistent_no_parameters",
+    "persistent_given_no_parameters",
 )
 SLOW = [{"slow": block} for block in range(4)]  # the last of four is a clerk
 SCHEDULES = [{}, {"seed": 1}, *SLOW, {"slow": 0, "seed": 2}, {"slow": 1, "seed": 3}, {"slow": 2, "seed": 4}]
 
-# By a part of their own line, or of the next. The barrier at a segment's end orders what the one in the next segment's
-# first exchange orders as well; a clerk's lane takes again a word that it has taken before.
-SPARE = ("and those of the reduce have been read", "apart = receive(")
-DEADLOCKS = ("edges take no turns", "a column without a clerk")
+SPARE: tuple[str, ...] = ()  # by a part of their own line, or of the next
+DEADLOCKS = ("edges take no turns", "a column of statistics without a clerk", "a column of sums without a clerk")
 OVERRUNS = ("no room for results", "room for one turn of edges")  # the other faults show in values
 
 
@@ -40,7 +40,7 @@ def lines_with(pattern):
 
 BARRIERS = lines_with(r"__sync(threads|warp)\(\)")
 WAITS = lines_with(r"\bcopy_async_wait<")
-SENT, RECEIVED = lines_with(r"\bsend(_bits)?\("), lines_with(r"\breceive(_bits)?\(")
+SENT, RECEIVED = lines_with(r"\bsend(_bits)?\("), lines_with(r"\breceive\(")
 LAUNCHES = sorted(
     {
         name
@@ -65,7 +65,7 @@ def layer(programs, monkeypatch):
     monkeypatch.setenv("TSAN_OPTIONS", "atexit_sleep_ms=0 halt_on_error=1")
 
     def run(dtype, flavour, *arguments, **settings):
-        return programs.run(f"layer_{dtype}", flavour, FORWARD, *arguments, **settings)
+        return programs.run(f"layer_{dtype}", flavour, *arguments, **settings)
 
     return run
 
@@ -79,7 +79,7 @@ def hashes(result):
 @pytest.fixture(scope="module")
 def expected(programs):
     return {
-        dtype: hashes(programs.run(f"layer_{dtype}", "plain", FORWARD, *CASES)) for dtype in ("bfloat16", "float16")
+        dtype: hashes(programs.run(f"layer_{dtype}", "plain", *CASES)) for dtype in ("bfloat16", "float16")
     }
 
 
@@ -94,7 +94,7 @@ def shown(layer, expected):
                 assert re.search(r"deadlock: .*: poll for ", result.stderr, re.DOTALL), result.stderr
                 return "deadlock"
             if result.returncode == 1:
-                assert re.search(r"is not finite|depends on what an earlier pass left", result.stderr), result.stderr
+                assert re.search(r"is not finite|depends on", result.stderr), result.stderr
                 return "values"
             if any(expected["bfloat16"][case] != found for case, found in hashes(result).items()):
                 return "values"
@@ -169,7 +169,7 @@ def test_a_launch_left_out_is_found(shown, name):
 def test_a_byte_too_few_of_workspace_is_found(layer):
     """The last of each piece, in a layer without padding; of the channels that are streamed, in one with."""
     cases = ("persistent_eights", "persistent_eights_given", "persistent_streamed")
-    pieces = range(16)
+    pieces = range(64)
     found = {}
     for piece in pieces:
         for case in cases:

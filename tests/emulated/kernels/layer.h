@@ -5,8 +5,8 @@
 // have the same bits whatever lay in the workspace, whether pre-activations were kept or recomputed, in one call or in
 // steps; and that nothing was written but results. It prints a hash of them, for comparison between processes.
 //
-// Cases that name the processors of their device run on the persistent driver, which has no steps and keeps nothing:
-// these are compared with a workspace that another pass has used.
+// Cases that name the processors of their device run on the persistent driver, which has no steps: these are compared
+// with a backward in more launches, with a workspace that another pass has used, and with kept pre-activations.
 //
 // `passes=1` runs a case only once, `backward=no` without its backward. `planted=…` leaves something out, to show that
 // it would be missed:
@@ -82,14 +82,11 @@ inline void send_word(Word* word, uint32_t bits, unsigned epoch, emulator::Site 
 inline void send_word(Word* word, float value, unsigned epoch, emulator::Site site = emulator::Site::here()) {
   send_word(word, __float_as_uint(value), epoch, site);
 }
-inline uint32_t receive_word(const Word* word, unsigned epoch, const char* what,
-                             emulator::Site site = emulator::Site::here()) {
-  if (Plant::get().leaves_out(site)) return static_cast<uint32_t>(load_relaxed(word));
-  return receive_bits(word, epoch, what);
-}
-inline float receive_number(const Word* word, unsigned epoch, const char* what,
-                            emulator::Site site = emulator::Site::here()) {
-  return __uint_as_float(receive_word(word, epoch, what, site));
+template <int count, class At>
+void receive_words(uint32_t (&values)[count], unsigned epoch, const char* what, const At& at,
+                   emulator::Site site = emulator::Site::here()) {
+  if (!Plant::get().leaves_out(site)) return receive(values, epoch, what, at);
+  for (int j = 0; j < count; ++j) values[j] = at(j) == nullptr ? 0 : static_cast<uint32_t>(load_relaxed(at(j)));
 }
 inline unsigned arrive(unsigned* counter, unsigned value) {
   return Plant::get().what == "relaxed" ? atomicAdd(counter, value) : add_acquire_release(counter, value);
@@ -144,8 +141,7 @@ class Arena {
 #define copy_async_wait ::gunn::test::wait_for_copies
 #define send(...) ::gunn::test::send_word(__VA_ARGS__)
 #define send_bits(...) ::gunn::test::send_word(__VA_ARGS__)
-#define receive(...) ::gunn::test::receive_number(__VA_ARGS__)
-#define receive_bits(...) ::gunn::test::receive_word(__VA_ARGS__)
+#define receive(...) ::gunn::test::receive_words(__VA_ARGS__)
 #define add_acquire_release(...) ::gunn::test::arrive(__VA_ARGS__)
 #define store_relaxed(...) ::gunn::test::reset(__VA_ARGS__)
 #define launch(...) ::gunn::test::launch_unless_planted(__VA_ARGS__)
@@ -156,7 +152,6 @@ class Arena {
 #undef send
 #undef send_bits
 #undef receive
-#undef receive_bits
 #undef add_acquire_release
 #undef store_relaxed
 #undef launch
@@ -292,6 +287,7 @@ struct Manner {
   bool keep, stepwise;
   unsigned char workspace;  // every byte of it
   bool used = false;        // but then a forward of other data had it
+  int64_t block = 0;        // segments of the backward at once
 };
 
 template <class Scalar, class Wide>
@@ -300,6 +296,7 @@ Results run_pass(const Kernels<Scalar, Wide>& kernels, const Setup& setup, const
   const int64_t pixels = shape.height * shape.width, rows = shape.segments * shape.rows();
   Options options{setup.batch_statistics, 1e-5,           shape.batch * pixels, 1, setup.need_input,
                   setup.need_parameters,  manner.stepwise};
+  options.block = manner.block;
   const Sizes sizes = kernels.sizes(shape, options, manner.keep);
 
   const auto x_strides = strides<Scalar>(shape, setup.layout);
@@ -414,8 +411,11 @@ void prepare(const Kernels<Scalar, Wide>& kernels, const Setup& setup) {
   set("GUNN_EMULATOR_SHARED_KB", number(setup.shared_kb));
   const Options options{
       setup.batch_statistics, 1e-5, setup.shape.batch * setup.shape.height * setup.shape.width, 1, true, true, false};
-  const std::string driver = kernels.forward_driver(setup.shape, options, false);
-  if (driver != (setup.processors == 0 ? "staged" : "persistent")) throw WrongValue("it is the driver: " + driver);
+  const DriverNames drivers = kernels.drivers(setup.shape, options, false);
+  const std::string expected = setup.processors == 0 ? "staged" : "persistent";
+  for (const std::string driver : {drivers.forward, drivers.backward}) {
+    if (driver != expected) throw WrongValue("it is the driver: " + driver);
+  }
 }
 
 // A workspace of NaNs, then one of large numbers.
@@ -427,7 +427,9 @@ void check(const char* name, const Kernels<Scalar, Wide>& kernels, const Setup& 
       {{true, false, 0xff}, "depends on what is kept"},
       {{false, false, 0x5a}, "depends on what lay in the workspace"}};
   const std::vector<std::pair<Manner, const char*>> persistent = {
-      {{false, false, 0x5a, true}, "depends on what an earlier pass left in the workspace"}};
+      {{false, false, 0x5a, true}, "depends on what an earlier pass left in the workspace"},
+      {{false, false, 0xff, false, 2}, "depends on blocks of segments"},
+      {{true, false, 0x5a}, "depends on what is kept"}};
   const auto& others = setup.processors == 0 ? staged : persistent;
   const std::string passes = option("passes");
   const size_t most = passes.empty() ? others.size() : std::stoi(passes) - 1;
@@ -481,12 +483,15 @@ inline const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
       {"persistent_wide", on(4, {{2, 36, 8, 8, 3, 2, 1, true, true}})},  // k 24, s 12
       {"persistent_wide_no_shortcut",
        on(4, {{2, 36, 7, 9, 3, 2, 1, false, false}, true, true, true, Layout::channels_last})},
-      {"persistent_streamed", on(2, {{1, 36, 17, 16, 3, 2, 1, true, true}}, 80)},
-      {"persistent_streamed_bands_given", on(2, given({{1, 36, 33, 16, 3, 2, 1, true, true}}), 80)},
+      {"persistent_streamed", on(2, {{1, 36, 17, 16, 3, 2, 1, true, true}}, 88)},
+      {"persistent_streamed_bands_given", on(3, given({{1, 36, 33, 16, 3, 2, 1, true, true}}), 88)},
       // An earlier pass's words have the right epoch.
       {"persistent_one_segment", on(4, {{1, 4, 11, 16, 1, 2, 1, true, true}})},
       {"persistent_one_segment_given", on(4, given({{1, 4, 11, 16, 1, 2, 1, true, true}}))},
       {"persistent_eights", on(2, {{1, 32, 8, 8, 4, 1, 1, true, true}})},  // k and s 8: no channel is padding
+      {"persistent_no_input", on(4, {{3, 16, 6, 7, 4, 2, 1, true, true}, true, false, true})},
+      {"persistent_no_parameters", on(4, {{3, 16, 6, 7, 4, 2, 1, true, true}, true, true, false})},
+      {"persistent_given_no_parameters", on(4, given({{3, 16, 6, 7, 4, 2, 1, true, true}, true, true, false}))},
       {"persistent_eights_given", on(2, given({{1, 32, 16, 8, 4, 1, 1, true, true}}))},
   };
   return all;

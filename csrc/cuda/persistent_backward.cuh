@@ -1,0 +1,442 @@
+// The chain of gradients of some segments, last to first, in one launch (pixel_block.cuh). Their pre-activations are at
+// hand; what the weights' gradients need is left in memory, to be summed over pixels afterwards. A block's gradient of
+// the state stays in shared memory:
+//
+//   project  d3 = g[c_i]; sums of d3, d3 * (z3 - mean), and for the shortcut d3 * (zs - mean)
+//   spatial  d2 = W3ᵀ dz3 through the ReLU; sums of d2, d2 * (z2 - mean)
+//   reduce   d1 = transposed conv3x3 of dz2 through the ReLU; sums of d1, d1 * (z1 - mean)
+//   spread   g += W1ᵀ dz1 + Wsᵀ dzs
+//
+// Exchanges: those sums up, a batch norm's b and c (view.cuh) back; clerks also write the gradients of its weight and
+//            bias. None where nobody needs the sums.
+// Waits:     are filled with the spread of the segment before, over all channels but those of this segment, which went
+//            first: its operand, [dz1, dzs], stays in registers.
+// Edges:     rows of d2; the neighbour makes dz2 of them with z2, which lies in memory.
+// Rounding:  every gradient to storage, as torch does; g after every segment.
+// Costs:     reads z (2k + 2s) and writes dz (2k + 2s) once a pixel and segment; g crosses memory once a launch.
+#pragma once
+
+#include "cuda/pixel_block.cuh"
+
+namespace gunn {
+
+template <class Precision>
+struct BackwardChain : Chain<Precision> {
+  using Storage = typename Precision::Storage;
+
+  FeatureMap<const Storage> g;   // gradient of the state behind the last segment
+  FeatureMap<Storage> g_before;  // the same before the first, or null
+  const Storage* z;              // (segments of the launch, pixels, z_rows)
+  Storage* dz;                   // the same of their gradients, or null
+  Tables<float> tables;
+  UnitTensors<float*> gradients;  // of batch norms
+  double count;
+  bool need_gradients, batch_statistics;
+};
+
+constexpr int kMostRows = 2 * kMostColumns;  // of z
+
+// Behind the layout's elements.
+template <int warps, int fragments>
+struct BackwardTables : BlockTables<warps, fragments> {
+  alignas(16) float mean[2][kMostRows], scale[2][kMostRows], shift[2][kMostRows];  // take turns
+  float slope[kMostRows], constant[kMostRows];
+};
+
+GUNN_DEVICE ColumnPlace backward_place(const Extents& extents, Kind kind, int column) {
+  const bool behind = kind == Kind::project && column >= extents.s();
+  const Norm norm = behind                  ? Norm::shortcut
+                    : kind == Kind::reduce  ? Norm::reduce
+                    : kind == Kind::spatial ? Norm::spatial
+                                            : Norm::project;
+  return place_of(extents, norm, behind ? column - extents.s() : column);
+}
+
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
+class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
+  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, true>;
+  using typename Base::Storage;
+  template <int tiles>
+  using Sums = typename Base::template Sums<tiles>;
+  template <int tiles>
+  using Packed = typename Base::template Packed<tiles>;
+  using Base::count_;
+  using Base::high;
+  using Base::lane_;
+  using Base::layout_;
+  using Base::low;
+  using Base::warp_;
+
+ public:
+  GUNN_DEVICE BackwardBlock(const BackwardChain<Precision>& chain, Storage* shared)
+      : Base(chain, shared), chain_(chain), tables_(static_cast<BackwardTables<WARPS, MT>&>(Base::tables_)) {}
+
+  GUNN_DEVICE void run() {
+    const Extents& extents = chain_.extents;
+    const int begin = chain_.first_segment, last = chain_.last_segment, pairs = (extents.channels + 15) / 16;
+    this->fetch(Kind::spatial, last);
+    this->fetch(Kind::project, last);
+    fetch_tables(last);
+    copy_async_commit();
+    this->load_map(chain_.g, chain_.g, 0);
+    Packed<ST> z3, zs = {};
+    load_outputs(last, z3, zs);
+    copy_async_wait<0>();
+    __syncthreads();
+
+    Packed<KT + ST> dz;  // of the segment before, whose spread is not complete
+    for (int i = last; i >= begin; --i) {
+      const bool spreads = i < last;
+      const int first_late = i * extents.segment / 16, last_late = ((i + 1) * extents.segment - 1) / 16;
+      const unsigned epoch = extents.segments - i;
+
+      Packed<ST> d3;
+      read_gradient(i, d3);
+      add_sums<ST>(i, 0, Norm::project, d3, z3);
+      if (extents.shortcut) add_sums<ST>(i, ST, Norm::shortcut, d3, zs);
+      exchange(Kind::project, epoch);
+      if (spreads) spread(dz, i + 1, 0, pairs / 2, first_late, last_late);
+      Packed<KT> z2;
+      load(i, Norm::spatial, z2);
+      copy_async_wait<0>();
+      settle(Kind::project, epoch);
+
+      slope<ST>(i, Norm::project, d3, z3, z3);
+      leave<ST>(i, Norm::project, z3);
+      Packed<ST> dzs = {};
+      if (extents.shortcut) {
+        slope<ST>(i, Norm::shortcut, d3, zs, dzs);
+        leave<ST>(i, Norm::shortcut, dzs);
+      }
+      Sums<KT> sums = {};
+      this->project_steps(z3, sums);
+      Packed<KT> d2;
+      stop(i, Norm::spatial, sums, z2, d2);
+      this->send_edges(d2, epoch);
+      this->store_hidden(d2);  // as it is, until its batch norm's sums are back
+      add_sums<KT>(i, 0, Norm::spatial, d2, z2);
+      exchange(Kind::spatial, epoch);
+      if (spreads) spread(dz, i + 1, pairs / 2, pairs, first_late, last_late);
+      Packed<KT> z1;
+      load(i, Norm::reduce, z1);
+      __syncthreads();  // the weights of the spread have been read
+      this->fetch(Kind::reduce, i);
+      if (i > begin) fetch_tables(i - 1);
+      copy_async_commit();
+      settle(Kind::spatial, epoch);
+
+      finish_hidden(i, z2);
+      leave<KT>(i, Norm::spatial, z2);
+      receive_edges(i, epoch);
+      __syncthreads();
+      clear(sums);
+      this->spatial_steps(sums);
+      stop(i, Norm::reduce, sums, z1, d2);
+      add_sums<KT>(i, 0, Norm::reduce, d2, z1);
+      exchange(Kind::reduce, epoch);
+      if (i > begin) {
+        this->fetch(Kind::spatial, i - 1);
+        this->fetch(Kind::project, i - 1);
+        load_outputs(i - 1, z3, zs);
+      }
+      copy_async_commit();
+      copy_async_wait<1>();  // the reduce's weights and the tables
+      settle(Kind::reduce, epoch);
+
+      slope<KT>(i, Norm::reduce, d2, z1, z1);
+      leave<KT>(i, Norm::reduce, z1);
+      join(z1, dzs, dz);
+      if (i > begin) {
+        const int next = i - 1;
+        spread(dz, i, next * extents.segment / 16, ((next + 1) * extents.segment - 1) / 16 + 1, -1, -1);
+        __syncwarp();  // a warp reads the gradients of its own pixels only
+      }
+    }
+    if (chain_.g_before.data == nullptr) return;
+    spread(dz, begin, 0, pairs, -1, -1);
+    __syncthreads();
+    this->store_map(chain_.g_before);
+  }
+
+ private:
+  static GUNN_DEVICE int columns_of(Kind kind) { return 8 * (kind == Kind::project ? 2 * ST : KT); }
+
+  // ---- Memory
+
+  GUNN_DEVICE int64_t segment_at(int segment) const {
+    return (segment - chain_.first_segment) * chain_.extents.pixels * chain_.extents.z_rows();
+  }
+  template <int tiles>
+  GUNN_DEVICE void load(int segment, Norm norm, Packed<tiles>& z) const {
+    const Extents& extents = chain_.extents;
+    this->template load_rows<tiles>(chain_.z + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0), z);
+  }
+  GUNN_DEVICE void load_outputs(int segment, Packed<ST>& z3, Packed<ST>& zs) const {
+    load(segment, Norm::project, z3);
+    if (chain_.extents.shortcut) load(segment, Norm::shortcut, zs);
+  }
+  template <int tiles>
+  GUNN_DEVICE void leave(int segment, Norm norm, const Packed<tiles>& dz) const {
+    if (chain_.dz == nullptr) return;
+    const Extents& extents = chain_.extents;
+    this->template store_rows<tiles, tiles>(chain_.dz + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0),
+                                            dz);
+  }
+  GUNN_DEVICE void fetch_tables(int segment) const {
+    const int rows = chain_.extents.z_rows(), turn = segment % 2;
+    for (int row = 4 * threadIdx.x; row < rows; row += 4 * Base::kThreadCount) {
+      const int64_t at = static_cast<int64_t>(segment) * rows + row;
+      copy_async<16>(tables_.mean[turn] + row, chain_.tables.mean + at);
+      copy_async<16>(tables_.scale[turn] + row, chain_.tables.scale + at);
+      copy_async<16>(tables_.shift[turn] + row, chain_.tables.shift + at);
+    }
+  }
+
+  // ---- The gradient of the state
+
+  // Zeros in the padding.
+  GUNN_DEVICE void read_gradient(int segment, Packed<ST>& d3) const {
+    const int s = chain_.extents.segment;
+    this->each_row([&](int mt, int half, int m) {
+      GUNN_UNROLL
+      for (int n = 0; n < ST; ++n) {
+        float value[2] = {};
+        GUNN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          const int channel = this->column(n) + j;
+          if (channel < s) value[j] = to_float(*this->at(m, segment * s + channel));
+        }
+        d3[mt][n][half] = Base::pack(value[0], value[1]);
+      }
+    });
+  }
+  // 16 channels at a time in [from, to), but for [first_late, last_late].
+  GUNN_DEVICE void spread(const Packed<KT + ST>& dz, int segment, int from, int to, int first_late,
+                          int last_late) const {
+    GUNN_ROLLED
+    for (int pair = from; pair < to; ++pair) {
+      if (pair < first_late || pair > last_late) spread_pair(dz, segment, pair);
+    }
+  }
+  GUNN_DEVICE void spread_pair(const Packed<KT + ST>& dz, int segment, int pair) const {
+    constexpr int kSteps = (KT + ST + 1) / 2;
+    const PackShape shape = this->shape_of(Kind::reduce);
+    // Packed in tiles of 64 rows.
+    const int tile = pair / 4, rows = min(shape.rows - tile * kColumns, kColumns);
+    const Storage* weights =
+        this->weights(Kind::reduce) + tile * kColumns * shape.chunks<Precision>() * Pool<Precision>::kDepth;
+    uint32_t b[kSteps][4];
+    GUNN_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      if (16 * step < shape.depth) this->load_weights(b[step], weights, rows, pair % 4 * 2, step);
+    }
+    const int first = fresh(this->first_row(0) + lane_ / 4);
+    GUNN_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      GUNN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int channel = 16 * pair + 8 * half + 2 * (lane_ % 4), m = first + 16 * mt;
+        uint32_t* upper = reinterpret_cast<uint32_t*>(this->at(m, channel));
+        uint32_t* lower = reinterpret_cast<uint32_t*>(this->at(m + 8, channel));
+        float g[4] = {low(*upper), high(*upper), low(*lower), high(*lower)};
+        if (!chain_.extents.residual) {
+          GUNN_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            if ((channel + j % 2) / chain_.extents.segment == segment) g[j] = 0;  // replaced
+          }
+        }
+        GUNN_UNROLL
+        for (int step = 0; step < kSteps; ++step) {
+          if (16 * step >= shape.depth) break;  // no shortcut
+          uint32_t a[4];
+          Base::template fragment<KT + ST>(a, dz, mt, step);
+          Precision::multiply(g, a, {b[step][2 * half], b[step][2 * half + 1]});
+        }
+        *upper = Base::pack(g[0], g[1]);
+        *lower = Base::pack(g[2], g[3]);
+      }
+    }
+  }
+  static GUNN_DEVICE void join(const Packed<KT>& dz1, const Packed<ST>& dzs, Packed<KT + ST>& dz) {
+    GUNN_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      GUNN_UNROLL
+      for (int n = 0; n < KT + ST; ++n) {
+        GUNN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          dz[mt][n][half] = n < KT ? dz1[mt][n < KT ? n : 0][half] : dzs[mt][n < KT ? 0 : n - KT][half];
+        }
+      }
+    }
+  }
+
+  // ---- Batch norms; rows of z from `row` on
+
+  GUNN_DEVICE int row_of(Norm norm) const { return chain_.extents.z_row(norm, 0); }
+  GUNN_DEVICE float sloped(int turn, int row, float d, float z) const {
+    const float direct = d * tables_.scale[turn][row];
+    if (!chain_.batch_statistics) return direct;  // z has no part in it, nor has a NaN there
+    return direct + ((z - tables_.mean[turn][row]) * tables_.slope[row] + tables_.constant[row]);
+  }
+  // dz of a pair of columns.
+  GUNN_DEVICE uint32_t slope_columns(int turn, int row, uint32_t d, uint32_t z) const {
+    return Base::pack(sloped(turn, row, low(d), low(z)), sloped(turn, row + 1, high(d), high(z)));
+  }
+  template <int tiles>
+  GUNN_DEVICE void slope(int segment, Norm norm, const Packed<tiles>& d, const Packed<tiles>& z,
+                         Packed<tiles>& dz) const {
+    this->each_row([&](int mt, int half, int) {
+      GUNN_UNROLL
+      for (int n = 0; n < tiles; ++n) {
+        dz[mt][n][half] = slope_columns(segment % 2, row_of(norm) + this->column(n), d[mt][n][half], z[mt][n][half]);
+      }
+    });
+  }
+  // dz2 in the place of d2, and of z2.
+  GUNN_DEVICE void finish_hidden(int segment, Packed<KT>& z2) const {
+    this->each_row([&](int mt, int half, int m) {
+      if (m >= count_) return;
+      Storage* to = this->shared_ + tables_.hidden_at[m] + 2 * (lane_ % 4);
+      GUNN_UNROLL
+      for (int n = 0; n < KT; ++n) {
+        uint32_t& pair = *reinterpret_cast<uint32_t*>(to + 8 * n);
+        pair = z2[mt][n][half] =
+            slope_columns(segment % 2, row_of(Norm::spatial) + this->column(n), pair, z2[mt][n][half]);
+      }
+    });
+  }
+  // Through the ReLU behind a batch norm.
+  GUNN_DEVICE float stopped(int turn, int row, float z, float gradient) const {
+    return z * tables_.scale[turn][row] + tables_.shift[turn][row] <= 0 ? 0 : gradient;
+  }
+  GUNN_DEVICE void stop(int segment, Norm norm, const Sums<KT>& sums, const Packed<KT>& z, Packed<KT>& d) const {
+    this->each_row([&](int mt, int half, int) {
+      GUNN_UNROLL
+      for (int n = 0; n < KT; ++n) {
+        const int row = row_of(norm) + this->column(n), turn = segment % 2;
+        d[mt][n][half] = Base::pack(stopped(turn, row, low(z[mt][n][half]), sums[mt][n][2 * half]),
+                                    stopped(turn, row + 1, high(z[mt][n][half]), sums[mt][n][2 * half + 1]));
+      }
+    });
+  }
+  static GUNN_DEVICE void clear(Sums<KT>& sums) {
+    GUNN_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      GUNN_UNROLL
+      for (int n = 0; n < KT; ++n) sums[mt][n][0] = sums[mt][n][1] = sums[mt][n][2] = sums[mt][n][3] = 0;
+    }
+  }
+  GUNN_DEVICE void receive_edges(int segment, unsigned epoch) const {
+    const int row = row_of(Norm::spatial);
+    const Storage* z2 = chain_.z + segment_at(segment) + row;
+    Base::receive_edges(epoch, [&](int64_t pixel, int column, uint32_t raw) {
+      const uint32_t z = *reinterpret_cast<const uint32_t*>(z2 + pixel * chain_.extents.z_rows() + column);
+      return slope_columns(segment % 2, row + column, raw, z);
+    });
+  }
+
+  // ---- Sums
+
+  // The warp's sums of d and d * (z - mean), of the exchange's tiles from first_tile on.
+  template <int tiles>
+  GUNN_DEVICE void add_sums(int segment, int first_tile, Norm norm, const Packed<tiles>& d, const Packed<tiles>& z) {
+    if (!chain_.exchanges) return;
+    const float* means = tables_.mean[segment % 2] + row_of(norm);
+    GUNN_UNROLL
+    for (int n = 0; n < tiles; ++n) {
+      const float mean[2] = {means[this->column(n)], means[this->column(n) + 1]};
+      float sum[2] = {}, product[2] = {};
+      this->each_row([&](int mt, int half, int m) {
+        if (m >= count_) return;
+        const uint32_t gradients = fresh(d[mt][n][half]), inputs = fresh(z[mt][n][half]);
+        sum[0] += low(gradients), sum[1] += high(gradients);
+        product[0] += low(gradients) * (low(inputs) - mean[0]);
+        product[1] += high(gradients) * (high(inputs) - mean[1]);
+      });
+      GUNN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float all = Base::over_rows(sum[j]), products = Base::over_rows(product[j]);
+        if (lane_ / 4 != 0) continue;
+        tables_.a[warp_][this->column(first_tile + n) + j] = all;
+        tables_.b[warp_][this->column(first_tile + n) + j] = products;
+      }
+    }
+  }
+  // The block's sums, to the clerks.
+  GUNN_DEVICE void exchange(Kind kind, unsigned epoch) const {
+    __syncthreads();
+    const int mine = threadIdx.x;
+    if (!chain_.exchanges || mine >= columns_of(kind)) return;
+    if (backward_place(chain_.extents, kind, mine).row < 0) return;
+    float sum = 0, product = 0;
+    for (int warp = 0; warp < WARPS; ++warp) sum += tables_.a[warp][mine], product += tables_.b[warp][mine];
+    this->send_pair(kind, mine, sum, product, epoch);
+  }
+  // b and c, for every thread.
+  GUNN_DEVICE void settle(Kind kind, unsigned epoch) {
+    const int mine = threadIdx.x;
+    if (mine < columns_of(kind)) {
+      const ColumnPlace place = backward_place(chain_.extents, kind, mine);
+      float b = 0, c = 0;
+      if (place.row >= 0 && chain_.exchanges) {
+        this->receive_pair(kind, mine, epoch, &b, &c);
+      }
+      // Without a shortcut its place in the exchange is nobody's in z.
+      if (place.norm != Norm::shortcut || chain_.extents.shortcut) {
+        const int row = row_of(place.norm) + place.channel;
+        tables_.slope[row] = b, tables_.constant[row] = c;
+      }
+    }
+    __syncthreads();
+  }
+
+  const BackwardChain<Precision>& chain_;
+  BackwardTables<WARPS, MT>& tables_;
+};
+
+// A clerk's warp: its columns of every exchange, in order.
+template <class Precision, int KT, int ST>
+GUNN_DEVICE void combine_gradients(const BackwardChain<Precision>& chain) {
+  const Extents& extents = chain.extents;
+  const int lane = threadIdx.x % 32, blocks = chain.blocks;
+  const ClerkWarp warp(blocks);
+  for (int i = chain.last_segment; i >= chain.first_segment; --i) {
+    const unsigned epoch = extents.segments - i;
+    GUNN_UNROLL
+    for (int k = kKinds - 1; k >= 0; --k) {
+      const Kind kind = static_cast<Kind>(k);
+      const int columns = 8 * (kind == Kind::project ? 2 * ST : KT);
+      for (int column = warp.mine; column < columns; column += warp.all) {
+        const ColumnPlace place = backward_place(extents, kind, column);
+        if (place.row < 0) continue;  // padding
+        const int64_t in_norm = static_cast<int64_t>(i) * extents.channels_of(place.norm) + place.channel;
+        const int64_t at = static_cast<int64_t>(i) * extents.z_rows() + extents.z_row(place.norm, 0) + place.channel;
+        const float scale = chain.tables.scale[at], inverse = chain.tables.inverse[at];  // read before the wait
+        const Word* words = chain.words[k] + 2 * column * blocks;
+        const LanePairs pairs(words, blocks, epoch);
+        double sum = 0, product = 0;
+        GUNN_UNROLL
+        for (int j = 0; j < LanePairs::kEach; ++j) {
+          if (j < pairs.count) sum += pairs.a(j), product += pairs.b(j);
+        }
+        sum = over_lanes(sum), product = over_lanes(product);
+        if (lane != 0) continue;
+        const Slope<float> slope(scale, inverse, sum, product, chain.count);
+        send(chain.results[k] + 2 * column, chain.batch_statistics ? slope.b : 0, epoch);
+        send(chain.results[k] + 2 * column + 1, chain.batch_statistics ? slope.c : 0, epoch);
+        if (!chain.need_gradients) continue;
+        norm_weight(chain.gradients, place.norm)[in_norm] = static_cast<float>(product * inverse);
+        norm_bias(chain.gradients, place.norm)[in_norm] = static_cast<float>(sum);
+      }
+    }
+  }
+}
+
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
+__global__ void __launch_bounds__(32 * WARPS, 1) persistent_backward(BackwardChain<Precision> chain) {
+  if (static_cast<int>(blockIdx.x) >= chain.blocks) return combine_gradients<Precision, KT, ST>(chain);
+  GUNN_DYNAMIC_SHARED(typename Precision::Storage, shared);
+  BackwardBlock<Precision, KT, ST, WARPS, MT, streams>(chain, shared).run();
+}
+
+}  // namespace gunn

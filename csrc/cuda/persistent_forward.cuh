@@ -1,0 +1,396 @@
+// The forward of a layer, or the recomputation of some of its segments, in one launch (pixel_block.cuh): a block's
+// state stays in shared memory from the first segment to the last.
+//
+// Exchanges: reduce with shortcut, spatial, project: means and squared deviations up, scales and shifts back. None
+//            where statistics are given.
+// Waits:     are filled with the next segment's reduce: its product over all channels but those about to be written
+//            back. After the write-back only the steps of depth with these channels remain.
+// Edges:     rows of z1.
+// Registers: MT * (KT + ST) * 4 sums of the reduce ahead, MT * KT * 4 of the 3x3.
+// Costs:     x and y cross memory once, pre-activations where they are kept. Weights, and streamed channels, come from
+//            L2 once a block and segment.
+//
+// z is rounded to storage before its moments are taken, as everywhere.
+#pragma once
+
+#include "cuda/pixel_block.cuh"
+
+namespace gunn {
+
+template <class Precision>
+struct ForwardChain : Chain<Precision> {
+  using Storage = typename Precision::Storage;
+
+  FeatureMap<const Storage> x, before;  // the state: `before` in the channels written before the first segment
+  FeatureMap<Storage> y;                // the state behind the last segment, or null
+  Storage* z;                           // (segments of the launch, pixels, z_rows), or null
+  UnitTensors<const float*> unit;       // batch norms
+  Tables<float> tables;                 // with given statistics
+  float *mean, *var;                    // (P, rows), with batch statistics
+  double eps;
+};
+
+// Behind the layout's elements.
+template <int warps, int fragments>
+struct ForwardTables : BlockTables<warps, fragments> {
+  alignas(16) float scale[2][kKinds][kMostColumns], shift[2][kKinds][kMostColumns];  // segments take turns
+};
+
+GUNN_DEVICE ColumnPlace forward_place(const Extents& extents, Kind kind, int column) {
+  const bool behind = kind == Kind::reduce && column >= extents.k();
+  const Norm norm = behind                  ? Norm::shortcut
+                    : kind == Kind::reduce  ? Norm::reduce
+                    : kind == Kind::spatial ? Norm::spatial
+                                            : Norm::project;
+  return place_of(extents, norm, behind ? column - extents.k() : column);
+}
+
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
+class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
+  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, false>;
+  using typename Base::Storage;
+  template <int tiles>
+  using Sums = typename Base::template Sums<tiles>;
+  template <int tiles>
+  using Packed = typename Base::template Packed<tiles>;
+  using Base::count_;
+  using Base::high;
+  using Base::lane_;
+  using Base::layout_;
+  using Base::low;
+  using Base::shared_;
+  using Base::warp_;
+
+ public:
+  GUNN_DEVICE ForwardBlock(const ForwardChain<Precision>& chain, Storage* shared)
+      : Base(chain, shared), chain_(chain), tables_(static_cast<ForwardTables<WARPS, MT>&>(Base::tables_)) {}
+
+  GUNN_DEVICE void run() {
+    const Extents& extents = chain_.extents;
+    const int begin = chain_.first_segment, last = chain_.last_segment;
+    fetch(Kind::reduce, begin);
+    fetch(Kind::spatial, begin);
+    fetch(Kind::project, begin);
+    this->load_map(chain_.before, chain_.x, begin * extents.segment);
+    copy_async_wait<0>();
+    __syncthreads();
+    const int steps = (extents.channels + 15) / 16;
+    Sums<KT + ST> ahead = {};
+    // In the order in which the segments behind the first are summed, so that z has the same bits wherever one begins.
+    const int first_before = begin == 0 ? steps : (begin - 1) * extents.segment / 16;
+    const int before = begin == 0 ? 0 : (begin * extents.segment - 1) / 16 - first_before + 1;
+    GUNN_ROLLED
+    for (int at = 0; at < steps; ++at) {
+      const bool late = at >= steps - before;
+      reduce_step(ahead, late ? at - (steps - before) + first_before : at < first_before ? at : at + before);
+    }
+    for (int i = begin; i <= last; ++i) {
+      const bool more = i < last;
+      const int first_late = i * extents.segment / 16, last_late = ((i + 1) * extents.segment - 1) / 16;
+      const unsigned epoch = i + 1;
+
+      // z1 into the padded image, raw; zs stays in registers.
+      Packed<KT + ST> z1;
+      Base::round(ahead, z1);
+      this->store_hidden(z1);
+      this->send_edges(z1, epoch);
+      exchange(Kind::reduce, z1, epoch);
+      keep<KT, KT + ST>(i, Norm::reduce, z1, 0);
+      if (extents.shortcut) keep<ST, KT + ST>(i, Norm::shortcut, z1, KT);
+      if (more) fetch(Kind::reduce, i + 1);
+      settle(Kind::reduce, i, epoch);
+      activate_hidden(i);
+      this->receive_edges(
+          epoch, [&](int64_t, int column, uint32_t raw) { return activate_columns(i, Kind::reduce, column, raw); });
+      __syncthreads();
+
+      Sums<KT> sums = {};
+      this->spatial_steps(sums);
+      Packed<KT> z2;
+      Base::round(sums, z2);
+      exchange(Kind::spatial, z2, epoch);
+      keep<KT, KT>(i, Norm::spatial, z2, 0);
+      clear(ahead);
+      if (more) {
+        fetch(Kind::spatial, i + 1);
+        copy_async_wait<1>();  // the reduce's, not the spatial's
+        __syncthreads();
+        reduce_steps(ahead, 0, steps / 2, first_late, last_late);
+      }
+      settle(Kind::spatial, i, epoch);
+      activate(i, Kind::spatial, z2);
+
+      Sums<ST> outputs = {};
+      this->project_steps(z2, outputs);
+      Packed<ST> z3;
+      Base::round(outputs, z3);
+      if (!more && chain_.y.data == nullptr) {  // recomputed for its pre-activations: nobody reads what is behind
+        keep<ST, ST>(i, Norm::project, z3, 0);
+        return;
+      }
+      exchange(Kind::project, z3, epoch);
+      keep<ST, ST>(i, Norm::project, z3, 0);
+      if (more) {
+        fetch(Kind::project, i + 1);
+        reduce_steps(ahead, steps / 2, steps, first_late, last_late);
+      }
+      settle(Kind::project, i, epoch);
+      write_back(i, z3, z1);
+      // A warp reads the state of its own pixels only.
+      __syncwarp();
+      if (more) {
+        copy_async_wait<0>();
+        reduce_steps_of(ahead, first_late, last_late);
+      }
+    }
+    __syncthreads();
+    this->store_map(chain_.y);
+  }
+
+ private:
+  static GUNN_DEVICE int columns_of(Kind kind) {
+    return 8 * (kind == Kind::reduce ? KT + ST : kind == Kind::spatial ? KT : ST);
+  }
+  // Weights and, where they are given, scales and shifts.
+  GUNN_DEVICE void fetch(Kind kind, int segment) const {
+    Base::fetch(kind, segment);
+    if (!chain_.exchanges) {
+      const Extents& extents = chain_.extents;
+      const Norm norm = kind == Kind::reduce ? Norm::reduce : kind == Kind::spatial ? Norm::spatial : Norm::project;
+      const int columns = kind == Kind::reduce ? extents.reduce_columns(0) : columns_of(kind);
+      const int64_t from = static_cast<int64_t>(segment) * extents.z_rows() + extents.z_row(norm, 0);
+      const int turn = segment % 2, k = static_cast<int>(kind);
+      for (int column = 4 * threadIdx.x; column < columns; column += 4 * Base::kThreadCount) {
+        copy_async<16>(tables_.scale[turn][k] + column, chain_.tables.scale + from + column);
+        copy_async<16>(tables_.shift[turn][k] + column, chain_.tables.shift + from + column);
+      }
+    }
+    copy_async_commit();
+  }
+  // Pre-activations into memory, where they are kept.
+  template <int tiles, int of>
+  GUNN_DEVICE void keep(int segment, Norm norm, const uint32_t (&values)[MT][of][2], int first_tile) const {
+    if (chain_.z == nullptr) return;
+    const Extents& extents = chain_.extents;
+    Storage* z = chain_.z + (segment - chain_.first_segment) * extents.pixels * extents.z_rows();
+    this->template store_rows<tiles, of>(z, extents.z_rows(), extents.z_row(norm, 0), values, first_tile);
+  }
+
+  // Steps of 16 channels in [from, to), but for those in [first_late, last_late].
+  GUNN_DEVICE void reduce_steps(Sums<KT + ST>& sums, int from, int to, int first_late, int last_late) const {
+    GUNN_ROLLED
+    for (int step = from; step < to; ++step) {
+      if (step < first_late || step > last_late) reduce_step(sums, step);
+    }
+  }
+  GUNN_DEVICE void reduce_steps_of(Sums<KT + ST>& sums, int first, int last) const {
+    GUNN_ROLLED
+    for (int step = first; step <= last; ++step) reduce_step(sums, step);
+  }
+  // Two fragments of pixels at a time: with all four of the largest block the registers would not do.
+  GUNN_DEVICE void reduce_step(Sums<KT + ST>& sums, int step) const {
+    constexpr int kTogether = MT < 2 ? MT : 2;
+    const int rows = chain_.extents.reduce_columns(0);
+    GUNN_UNROLL
+    for (int first = 0; first < MT; first += kTogether) {
+      uint32_t a[kTogether][4];
+      GUNN_UNROLL
+      for (int j = 0; j < kTogether; ++j) load_pixels(a[j], first + j, step);
+      GUNN_UNROLL
+      for (int n = 0; n < KT + ST; n += 2) {
+        if (8 * n >= rows) break;
+        uint32_t b[4];
+        this->load_weights(b, this->weights(Kind::reduce), rows, n, step);
+        GUNN_UNROLL
+        for (int j = 0; j < kTogether; ++j) {
+          Precision::multiply(sums[first + j][n], a[j], {b[0], b[1]});
+          if (n + 1 >= KT + ST) continue;
+          Precision::multiply(sums[first + j][n + 1 < KT + ST ? n + 1 : n], a[j], {b[2], b[3]});
+        }
+      }
+    }
+  }
+  GUNN_DEVICE void load_pixels(uint32_t (&a)[4], int mt, int step) const {
+    if (!streams || 16 * step < chain_.resident) {
+      const int matrix = lane_ / 8, row = this->first_row(mt) + matrix % 2 * 8 + lane_ % 8;
+      load_matrices<false>(a, shared_ + row * layout_.map_stride + step * 16 + matrix / 2 * 8);
+    } else {
+      GUNN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const int m = this->first_row(mt) + 8 * (r % 2) + lane_ / 4, channel = 16 * step + 8 * (r / 2);
+        a[r] = *reinterpret_cast<const uint32_t*>(this->at(m, channel + 2 * (lane_ % 4)));
+      }
+    }
+  }
+
+  GUNN_DEVICE void activate_hidden(int segment) const {
+    this->each_row([&](int, int, int m) {
+      if (m >= count_) return;
+      Storage* to = shared_ + tables_.hidden_at[m] + 2 * (lane_ % 4);
+      GUNN_UNROLL
+      for (int n = 0; n < KT; ++n) {
+        uint32_t& pair = *reinterpret_cast<uint32_t*>(to + 8 * n);
+        pair = activate_columns(segment, Kind::reduce, this->column(n), pair);
+      }
+    });
+  }
+  template <int tiles>
+  GUNN_DEVICE void activate(int segment, Kind kind, Packed<tiles>& values) const {
+    this->each_row([&](int mt, int half, int) {
+      GUNN_UNROLL
+      for (int n = 0; n < tiles; ++n) {
+        values[mt][n][half] = activate_columns(segment, kind, this->column(n), values[mt][n][half]);
+      }
+    });
+  }
+  GUNN_DEVICE float normed(int segment, Kind kind, int column, float value) const {
+    const int k = static_cast<int>(kind);
+    return value * tables_.scale[segment % 2][k][column] + tables_.shift[segment % 2][k][column];
+  }
+  GUNN_DEVICE uint32_t activate_columns(int segment, Kind kind, int column, uint32_t pair) const {
+    return Base::pack(relu(normed(segment, kind, column, low(pair))),
+                      relu(normed(segment, kind, column + 1, high(pair))));
+  }
+  static GUNN_DEVICE void clear(Sums<KT + ST>& sums) {
+    GUNN_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      GUNN_UNROLL
+      for (int n = 0; n < KT + ST; ++n) sums[mt][n][0] = sums[mt][n][1] = sums[mt][n][2] = sums[mt][n][3] = 0;
+    }
+  }
+
+  // The block's mean and squared deviations of every column, sent to the clerks.
+  template <int tiles>
+  GUNN_DEVICE void exchange(Kind kind, const Packed<tiles>& z, unsigned epoch) {
+    if (!chain_.exchanges) return __syncthreads();
+    const int in_warp = max(0, min(count_ - this->first_row(0), 16 * MT));
+    GUNN_UNROLL
+    for (int n = 0; n < tiles; ++n) {
+      float sum[2] = {};
+      this->each_row([&](int mt, int half, int m) {
+        if (m < count_) sum[0] += low(z[mt][n][half]), sum[1] += high(z[mt][n][half]);
+      });
+      float mean[2], squares[2] = {};
+      GUNN_UNROLL
+      for (int j = 0; j < 2; ++j) mean[j] = in_warp > 0 ? Base::over_rows(sum[j]) / static_cast<float>(in_warp) : 0;
+      this->each_row([&](int mt, int half, int m) {
+        if (m >= count_) return;
+        const float apart[2] = {low(z[mt][n][half]) - mean[0], high(z[mt][n][half]) - mean[1]};
+        squares[0] += apart[0] * apart[0], squares[1] += apart[1] * apart[1];
+      });
+      GUNN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float all = Base::over_rows(squares[j]);
+        if (lane_ / 4 != 0) continue;
+        tables_.a[warp_][this->column(n) + j] = mean[j];
+        tables_.b[warp_][this->column(n) + j] = all;
+      }
+    }
+    __syncthreads();
+    const int mine = threadIdx.x;
+    if (mine < 8 * tiles && forward_place(chain_.extents, kind, mine).row >= 0) {
+      float mean = 0, squares = 0;
+      const auto values = [&](int warp) { return static_cast<float>(max(0, min(count_ - warp * 16 * MT, 16 * MT))); };
+      for (int warp = 0; warp < WARPS; ++warp) mean += values(warp) * tables_.a[warp][mine];
+      mean /= static_cast<float>(count_);
+      for (int warp = 0; warp < WARPS; ++warp) {
+        const float apart = tables_.a[warp][mine] - mean;
+        squares += tables_.b[warp][mine] + values(warp) * (apart * apart);
+      }
+      this->send_pair(kind, mine, mean, squares, epoch);
+    }
+  }
+  // Scale and shift of the stage, for every thread.
+  GUNN_DEVICE void settle(Kind kind, int segment, unsigned epoch) const {
+    const int mine = threadIdx.x, k = static_cast<int>(kind);
+    if (chain_.exchanges && mine < columns_of(kind)) {
+      float scale = 0, shift = 0;
+      if (forward_place(chain_.extents, kind, mine).row >= 0) {
+        this->receive_pair(kind, mine, epoch, &scale, &shift);
+      }
+      tables_.scale[segment % 2][k][mine] = scale, tables_.shift[segment % 2][k][mine] = shift;
+    }
+    __syncthreads();
+  }
+
+  GUNN_DEVICE void write_back(int segment, const Packed<ST>& z3, const Packed<KT + ST>& z1) const {
+    const Extents& extents = chain_.extents;
+    this->each_row([&](int mt, int half, int m) {
+      if (m >= count_) return;
+      GUNN_UNROLL
+      for (int n = 0; n < ST; ++n) {
+        GUNN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          const int channel = this->column(n) + j;
+          if (channel >= extents.segment) continue;
+          float out = normed(segment, Kind::project, channel, j == 0 ? low(z3[mt][n][half]) : high(z3[mt][n][half]));
+          if (extents.shortcut) {
+            const uint32_t pair = z1[mt][KT + n][half];
+            out += normed(segment, Kind::reduce, 8 * KT + channel, j == 0 ? low(pair) : high(pair));
+          }
+          out = to_float(from_float<Storage>(out));
+          Storage* to = this->at(m, segment * extents.segment + channel);
+          if (extents.residual) out += to_float(*to);
+          *to = from_float<Storage>(out);
+        }
+      }
+    });
+  }
+
+  const ForwardChain<Precision>& chain_;
+  ForwardTables<WARPS, MT>& tables_;
+};
+
+// A clerk's warp: its columns of every exchange, in order.
+template <class Precision, int KT, int ST>
+GUNN_DEVICE void combine_statistics(const ForwardChain<Precision>& chain) {
+  const Extents& extents = chain.extents;
+  const int lane = threadIdx.x % 32, blocks = chain.blocks;
+  const ClerkWarp warp(blocks);
+  const float all = static_cast<float>(extents.pixels);
+  const auto values = [&](int block) { return static_cast<float>(chain.pixels_of(block)); };
+  for (int i = chain.first_segment; i <= chain.last_segment; ++i) {
+    const unsigned epoch = i + 1;
+    GUNN_UNROLL
+    for (int k = 0; k < kKinds; ++k) {
+      const int columns = 8 * (k == 0 ? KT + ST : k == 1 ? KT : ST);
+      for (int column = warp.mine; column < columns; column += warp.all) {
+        const ColumnPlace place = forward_place(extents, static_cast<Kind>(k), column);
+        if (place.row < 0) continue;  // nobody's column
+        const int64_t in_norm = static_cast<int64_t>(i) * extents.channels_of(place.norm) + place.channel;
+        const float weight = norm_weight(chain.unit, place.norm)[in_norm];  // read before the wait
+        const float bias = norm_bias(chain.unit, place.norm)[in_norm];
+        const Word* words = chain.words[k] + 2 * column * blocks;
+        const LanePairs pairs(words, blocks, epoch);
+        float sum = 0, squares = 0;
+        GUNN_UNROLL
+        for (int j = 0; j < LanePairs::kEach; ++j) {
+          if (j < pairs.count) sum += values(lane + 32 * j) * pairs.a(j);
+        }
+        const float mean = over_lanes(sum) / all;
+        GUNN_UNROLL
+        for (int j = 0; j < LanePairs::kEach; ++j) {
+          if (j >= pairs.count) break;
+          const float apart = pairs.a(j) - mean;
+          squares += pairs.b(j) + values(lane + 32 * j) * (apart * apart);
+        }
+        const float var = over_lanes(squares) / all;
+        if (lane != 0) continue;
+        const float inverse = inverse_deviation(var, chain.eps), scale = weight * inverse;
+        send(chain.results[k] + 2 * column, scale, epoch);
+        send(chain.results[k] + 2 * column + 1, bias - mean * scale, epoch);
+        const int64_t row = static_cast<int64_t>(i) * extents.row(Norm::reduce, 1) + place.row;
+        chain.mean[row] = mean, chain.var[row] = var;
+      }
+    }
+  }
+}
+
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
+__global__ void __launch_bounds__(32 * WARPS, 1) persistent_forward(ForwardChain<Precision> chain) {
+  if (static_cast<int>(blockIdx.x) >= chain.blocks) return combine_statistics<Precision, KT, ST>(chain);
+  GUNN_DYNAMIC_SHARED(typename Precision::Storage, shared);
+  ForwardBlock<Precision, KT, ST, WARPS, MT, streams>(chain, shared).run();
+}
+
+}  // namespace gunn
