@@ -50,11 +50,13 @@ describe() {
 if part build 170 build.txt "$python" benchmarks/gpu_build.py; then
   describe >"$out/environment.txt" 2>&1
   part "smoke test" 40 tests.txt "$python" benchmarks/gpu_small.py
+  # Should the persistent driver be wrong or hang, it is left out of what follows.
+  persistent=no
+  part "smoke test, persistent" 40 tests.txt "$python" benchmarks/gpu_small.py --driver persistent && persistent=yes
   part "times, staged" 50 times.txt "${bench[@]}" --minutes 0.6 --peers 'ours staged*graphed;sunn graphed' \
     --json "$out/times.json" --profile "$out/kernels.txt"
-  # Apart: should the persistent driver hang, the rows above are safe, and it is left out below.
   everyone='ours staged*;sunn;sunn graphed;eager;eager graphed'
-  if part "times, persistent" 50 times.txt "${bench[@]}" --minutes 0.6 --peers 'ours*graphed;sunn graphed' \
+  if [ "$persistent" = yes ] && part "times, persistent" 50 times.txt "${bench[@]}" --minutes 0.6 --peers 'ours*graphed;sunn graphed' \
     --json "$scratch/times.json" --profile "$scratch/kernels.txt"; then
     mv "$scratch/times.json" "$scratch/kernels.txt" "$out"
     everyone="ours persistent*;$everyone"
@@ -63,17 +65,19 @@ if part build 170 build.txt "$python" benchmarks/gpu_build.py; then
   if "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
     workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 4")
     # shellcheck disable=SC2086
-    part "tests/cuda" 170 tests.txt "$python" -m pytest -q -rs --tb=short --maxfail=30 -p no:cacheprovider $workers \
-      tests/cuda
+    part "tests/cuda" 160 tests.txt "$python" -m pytest -q -rs --tb=short --maxfail=30 -p no:cacheprovider $workers \
+      tests/cuda $([ "$persistent" = yes ] || echo --ignore=tests/cuda/test_persistent.py)
   else
     skip "tests/cuda" "pytest or hypothesis is missing: ONLY THE SMOKE TEST RAN"
   fi
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
   if [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck synccheck; do
-      # Caching would hide an access behind the end of a tensor.
-      part "$tool" 30 sanitizers.txt env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
-        --error-exitcode 86 --kernel-name regex:gunn "$python" benchmarks/gpu_small.py --few
+    for driver in staged $([ "$persistent" = yes ] && echo persistent); do
+      for tool in memcheck racecheck synccheck; do
+        # Caching would hide an access behind the end of a tensor.
+        part "$tool, $driver" 25 sanitizers.txt env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+          --error-exitcode 86 --kernel-name regex:gunn "$python" benchmarks/gpu_small.py --few --driver "$driver"
+      done
     done
   else
     skip sanitizers "no compute-sanitizer on this machine: NO MEMORY OR RACE CHECK RAN"

@@ -1,11 +1,12 @@
 """Run small layers on the GPU, forward and backward, against the reference: a smoke test, and what sanitizers watch.
 
-python benchmarks/gpu_small.py [--few]
+python benchmarks/gpu_small.py [--few] [--driver persistent]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 
@@ -35,10 +36,17 @@ def run(kind: type, dtype: torch.dtype, case: tuple, training: bool, state: dict
 
 
 def main() -> None:
-    """Run every case; the first wrong one ends the program."""
+    """Take the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--few", action="store_true", help="one case of each dtype, once")
-    few = parser.parse_args().few
+    parser.add_argument("--driver", default="staged", choices=("staged", "persistent"), help="where it takes a case")
+    arguments = parser.parse_args()
+    os.environ["GUNN_CUDA_DRIVER"] = arguments.driver
+    run_all(arguments.few)
+
+
+def run_all(few: bool) -> None:
+    """Run every case; the first wrong one ends the program."""
     for dtype, allowed in ERRORS.items():
         for case in CASES[:1] if few else CASES:
             for training in (True,) if few else (True, False):

@@ -35,6 +35,7 @@ class Options:
         device: int = -1,
         stream: int = 0,
         tensor_float: bool = False,
+        pixel_major: bool = False,
     ) -> None: ...
 
 def build_info() -> dict[str, Any]: ...

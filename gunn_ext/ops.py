@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +94,8 @@ class CudaBackend:
         self.core = core
 
     def name(self, device: torch.device) -> str:
-        """What computes, for people."""
-        return "cuda/staged"
+        """What computes, for people; `drivers` says which of the drivers takes a layer."""
+        return f"cuda/{os.environ.get('GUNN_CUDA_DRIVER') or 'staged'}"
 
     def placement(self, x: Tensor, expansion: int, tensor_float: bool) -> dict[str, Any]:
         """Options of the core that say where and how to run."""
@@ -179,7 +180,9 @@ def _backend_of(device: torch.device) -> CpuBackend | CudaBackend:
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Name what computes a gradual layer: ``cpu/avx512`` (or ``avx2``, ``baseline``), ``cuda/staged``, ``reference``.
+    """Name what computes a gradual layer: ``cpu/avx512``, ``cuda/staged``, ``reference``.
+
+    On the CPU the instruction set, on a GPU the driver asked for; `drivers` says which one takes a layer.
 
     Raises:
         RuntimeError: Nothing here serves ``device``.
@@ -244,6 +247,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _wide_parameters(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(_wide(dtype)).contiguous() for tensor in parameters]
+
+
+def _pixel_major(*tensors: Tensor) -> bool:
+    """Whether the CUDA kernels read and write these where they lie, and need no room for copies."""
+    return all(
+        t.shape[1] % 8 == 0 and t.is_contiguous(memory_format=torch.channels_last) and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -418,7 +429,7 @@ def layer_forward(
         used = x.new_empty(_statistics_shape(x, *sizes), dtype=_wide(x.dtype))
     saved = x.new_empty(_saved_shape(x, *sizes) if keep else (0,))
     if x.numel():
-        call = _call(x, *sizes, residual, tensor_float, batch_statistics=batch_statistics, eps=eps)
+        call = _call(x, *sizes, residual, tensor_float, batch_statistics=batch_statistics, eps=eps, pixel_major=_pixel_major(x, y))
         contiguous = _wide_parameters(parameters, x.dtype)
         used = used.contiguous()
         workspace = _workspace(call.workspaces(keep)[0], x)
@@ -529,6 +540,7 @@ def layer_backward(
         eps=eps,
         need_input=need_input,
         need_parameters=need_parameters,
+        pixel_major=_pixel_major(x, y, *([grad_x] if need_input else [])),
     )
     contiguous = _wide_parameters(parameters, x.dtype)
     used = statistics.contiguous()

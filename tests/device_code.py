@@ -27,6 +27,8 @@ DTYPES = tuple(PRECISIONS)
 HOT = ("reduce", "spatial", "project", "project_backward", "spatial_backward", "input_backward", "weight_gradient")
 WEIGHTS = ("reduce", "spatial", "project")  # enum Which
 LATER = {("0", "true"): ", unit 0", ("0", "false"): ", units 1…"}
+PERSISTENT = ("persistent_forward", "persistent_backward")  # <k and s in eights, warps, fragments of pixels, streams>
+PRODUCTS = ("input_weights", "hidden_weights")
 WITH_POOL = (*HOT, "unit_gradient")  # whose tile lies in dynamic shared memory
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
 TENSOR_CORE = 0x23C  # opcode of HMMA, every kind, sm_75 to sm_90
@@ -44,6 +46,18 @@ class Kernel:
     @property
     def plain_name(self) -> str:
         return self.name.split("<")[0]
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        if self.plain_name in PERSISTENT:
+            return 32 * int(self.name.split(", ")[2])
+        return 256 if self.plain_name in PRODUCTS else 128
+
+
+def entries(text: str) -> dict[str, str]:
+    """The kernels of a PTX file by their mangled names."""
+    return {part.split("(")[0].strip(): part for part in re.split(r"\.entry ", text)[1:]}
 
 
 def run(*command: str, text: str | None = None) -> str:

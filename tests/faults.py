@@ -8,7 +8,12 @@ import re
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-KERNELS = ("pixel_block.cuh", "persistent_forward.cuh", "persistent_backward.cuh", "weight_products.cuh")  # what runs in a persistent launch
+KERNELS = (
+    "pixel_block.cuh",
+    "persistent_forward.cuh",
+    "persistent_backward.cuh",
+    "weight_products.cuh",
+)  # what runs in a persistent launch
 HOST = ("persistent.cuh",)  # what launches it
 
 # An expression of one line, between the texts that tell where it stands, and a wrong one instead.
@@ -26,7 +31,12 @@ FAULTS = {
         "place.row < 0 || column == 3",
         ") continue;  // nobody's column",
     ),
-    "a column of sums without a clerk": ("if (", "place.row < 0", "place.row < 0 || column == 3", ") continue;  // padding"),
+    "a column of sums without a clerk": (
+        "if (",
+        "place.row < 0",
+        "place.row < 0 || column == 3",
+        ") continue;  // padding",
+    ),
     "half of the words is cleared": ('"clear", ', "2 * words_", "words_", "), clear"),
     "no room for results": ("words_ += 2 * each * (", "chain.blocks + 1", "chain.blocks", ")"),
     "room for one turn of edges": ("words_ += int64_t{", "4", "2", "} * chain.blocks"),

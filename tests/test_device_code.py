@@ -1,13 +1,15 @@
 """The CUDA kernels as nvcc compiles them: without a warning, in registers, on tensor cores where they should be."""
 
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import device_code
 import pytest
-from device_code import DTYPES, HOT
+from device_code import DTYPES, HOT, PERSISTENT, PRODUCTS
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+NARROW = ("bfloat16", "float16")
 ON_TENSOR_CORES = ("bfloat16", "float16", "tensor_float32")
 
 
@@ -18,7 +20,12 @@ def compiled(tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         code = {dtype: pool.submit(device_code.kernels, dtype, "90a", folder) for dtype in DTYPES}
         ptx = {dtype: pool.submit(device_code.ptx, dtype, "90", folder) for dtype in DTYPES}
-        yield code, ptx
+        # Of the others only the dtype with most kernels and most registers.
+        older = {
+            architecture: pool.submit(device_code.kernels, "bfloat16", architecture, folder)
+            for architecture in ("80", "89")
+        }
+        yield code, ptx, older
         pool.shutdown(cancel_futures=True)
 
 
@@ -40,6 +47,31 @@ def test_products_are_on_tensor_cores_unless_the_dtype_is_wider(compiled, dtype)
     expected = 16 if dtype in ON_TENSOR_CORES else 0
     for kernel in hot_kernels(compiled, dtype):
         assert kernel.tensor_cores == expected, kernel
+
+
+@pytest.mark.parametrize("architecture", ["80", "89", "90a"])
+def test_persistent_kernels_keep_everything_in_registers(compiled, architecture):
+    """A block's threads share 65,536 registers, in the largest one to the last; products run on tensor cores."""
+    code, _, older = compiled
+    found = (code["bfloat16"] if architecture == "90a" else older[architecture]).result()
+    assert [kernel for kernel in found if kernel.spilled or kernel.stack] == []
+    kernels = [kernel for kernel in found if kernel.plain_name in PERSISTENT + PRODUCTS]
+    assert {kernel.plain_name for kernel in kernels} == {*PERSISTENT, *PRODUCTS}
+    for kernel in kernels:
+        assert kernel.registers * kernel.threads <= 65536, kernel
+        assert kernel.tensor_cores > 0, kernel
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_words_travel_without_fences(compiled, dtype):
+    """Relaxed accesses of the whole device, and nothing that orders or counts: what a word says arrives with it."""
+    found = device_code.entries(compiled[1][dtype].result())
+    persistent = [text for name, text in found.items() if any(kernel in name for kernel in PERSISTENT)]
+    assert len(persistent) == 14
+    for text in persistent:
+        assert "ld.relaxed.gpu.b64" in text
+        assert "st.relaxed.gpu.b64" in text
+        assert not re.search(r"\b(membar|fence|atom|red|barrier\.cluster)\b|\.(acquire|release)\.", text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

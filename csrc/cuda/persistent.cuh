@@ -139,7 +139,8 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
   ForwardKernel(const Launcher& launcher, const Extents& extents, bool exchanges)
       : Base(launcher, extents, "persistent_forward", exchanges,
              {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, false>(), candidate<3, 2, 8, 2, false>(),
-              candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>()}) {}
+              candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>(),
+              candidate<1, 1, 8, 4, true>()}) {}
 };
 
 template <class Precision>
@@ -160,7 +161,8 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
   BackwardKernel(const Launcher& launcher, const Extents& extents, bool exchanges)
       : Base(launcher, extents, "persistent_backward", exchanges,
              {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, false>(), candidate<3, 2, 8, 2, false>(),
-              candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>()}) {}
+              candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>(),
+              candidate<1, 1, 8, 4, true>()}) {}
 };
 
 // Gradients of weights from what chains leave, for blocks of segments.
@@ -318,15 +320,15 @@ class PersistentBackward : StagedBackward<Precision> {
   int64_t workspace_bytes() {
     Arena arena(nullptr);
     Storage pretend;
-    take(arena, kept_ ? &pretend : nullptr, false, false);
+    take(arena, kept_ ? &pretend : nullptr, this->options_.pixel_major, this->options_.pixel_major);
     return arena.bytes();
   }
 
   void run(const Tensors& tensors) {
     this->tensors_ = tensors;
     Arena arena(tensors.workspace);
-    take(arena, const_cast<Storage*>(tensors.saved), is_pixel_major(tensors.x, this->shape_),
-         is_pixel_major(tensors.y, this->shape_));
+    take(arena, const_cast<Storage*>(tensors.saved), lies_ready(tensors.x, this->shape_, this->options_),
+         lies_ready(tensors.y, this->shape_, this->options_));
     this->begin();
     chain_.clear_words();
     if (recomputes()) recompute_.clear_words();

@@ -92,8 +92,11 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
 
       Packed<ST> d3;
       read_gradient(i, d3);
-      add_sums<ST>(i, 0, Norm::project, d3, z3);
-      if (extents.shortcut) add_sums<ST>(i, ST, Norm::shortcut, d3, zs);
+      GUNN_UNROLL
+      for (int n = 0; n < ST; ++n) {
+        add_sums<ST>(i, n, n, Norm::project, d3, z3);
+        if (extents.shortcut) add_sums<ST>(i, ST + n, n, Norm::shortcut, d3, zs);
+      }
       exchange(Kind::project, epoch);
       if (spreads) spread(dz, i + 1, 0, pairs / 2, first_late, last_late);
       Packed<KT> z2;
@@ -114,7 +117,6 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       stop(i, Norm::spatial, sums, z2, d2);
       this->send_edges(d2, epoch);
       this->store_hidden(d2);  // as it is, until its batch norm's sums are back
-      add_sums<KT>(i, 0, Norm::spatial, d2, z2);
       exchange(Kind::spatial, epoch);
       if (spreads) spread(dz, i + 1, pairs / 2, pairs, first_late, last_late);
       Packed<KT> z1;
@@ -132,7 +134,6 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       clear(sums);
       this->spatial_steps(sums);
       stop(i, Norm::reduce, sums, z1, d2);
-      add_sums<KT>(i, 0, Norm::reduce, d2, z1);
       exchange(Kind::reduce, epoch);
       if (i > begin) {
         this->fetch(Kind::spatial, i - 1);
@@ -305,19 +306,20 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       }
     });
   }
-  // Through the ReLU behind a batch norm.
+  // Through the ReLU behind a batch norm, with the warp's sums of it; tile by tile, or the registers would not do.
   GUNN_DEVICE float stopped(int turn, int row, float z, float gradient) const {
     return z * tables_.scale[turn][row] + tables_.shift[turn][row] <= 0 ? 0 : gradient;
   }
   GUNN_DEVICE void stop(int segment, Norm norm, const Sums<KT>& sums, const Packed<KT>& z, Packed<KT>& d) const {
-    this->each_row([&](int mt, int half, int) {
-      GUNN_UNROLL
-      for (int n = 0; n < KT; ++n) {
-        const int row = row_of(norm) + this->column(n), turn = segment % 2;
+    GUNN_UNROLL
+    for (int n = 0; n < KT; ++n) {
+      const int row = row_of(norm) + this->column(n), turn = segment % 2;
+      this->each_row([&](int mt, int half, int) {
         d[mt][n][half] = Base::pack(stopped(turn, row, low(z[mt][n][half]), sums[mt][n][2 * half]),
                                     stopped(turn, row + 1, high(z[mt][n][half]), sums[mt][n][2 * half + 1]));
-      }
-    });
+      });
+      add_sums<KT>(segment, n, n, norm, d, z);
+    }
   }
   static GUNN_DEVICE void clear(Sums<KT>& sums) {
     GUNN_UNROLL
@@ -337,29 +339,27 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
 
   // ---- Sums
 
-  // The warp's sums of d and d * (z - mean), of the exchange's tiles from first_tile on.
+  // The warp's sums of d and d * (z - mean) in tile n, which is the exchange's tile `to`.
   template <int tiles>
-  GUNN_DEVICE void add_sums(int segment, int first_tile, Norm norm, const Packed<tiles>& d, const Packed<tiles>& z) {
+  GUNN_DEVICE void add_sums(int segment, int to, int n, Norm norm, const Packed<tiles>& d,
+                            const Packed<tiles>& z) const {
     if (!chain_.exchanges) return;
-    const float* means = tables_.mean[segment % 2] + row_of(norm);
+    const float* means = tables_.mean[segment % 2] + row_of(norm) + this->column(n);
+    const float mean[2] = {means[0], means[1]};
+    float sum[2] = {}, product[2] = {};
+    this->each_row([&](int mt, int half, int m) {
+      if (m >= count_) return;
+      const uint32_t gradients = fresh(d[mt][n][half]), inputs = fresh(z[mt][n][half]);
+      sum[0] += low(gradients), sum[1] += high(gradients);
+      product[0] += low(gradients) * (low(inputs) - mean[0]);
+      product[1] += high(gradients) * (high(inputs) - mean[1]);
+    });
     GUNN_UNROLL
-    for (int n = 0; n < tiles; ++n) {
-      const float mean[2] = {means[this->column(n)], means[this->column(n) + 1]};
-      float sum[2] = {}, product[2] = {};
-      this->each_row([&](int mt, int half, int m) {
-        if (m >= count_) return;
-        const uint32_t gradients = fresh(d[mt][n][half]), inputs = fresh(z[mt][n][half]);
-        sum[0] += low(gradients), sum[1] += high(gradients);
-        product[0] += low(gradients) * (low(inputs) - mean[0]);
-        product[1] += high(gradients) * (high(inputs) - mean[1]);
-      });
-      GUNN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float all = Base::over_rows(sum[j]), products = Base::over_rows(product[j]);
-        if (lane_ / 4 != 0) continue;
-        tables_.a[warp_][this->column(first_tile + n) + j] = all;
-        tables_.b[warp_][this->column(first_tile + n) + j] = products;
-      }
+    for (int j = 0; j < 2; ++j) {
+      const float all = Base::over_rows(sum[j]), products = Base::over_rows(product[j]);
+      if (lane_ / 4 != 0) continue;
+      tables_.a[warp_][this->column(to) + j] = all;
+      tables_.b[warp_][this->column(to) + j] = products;
     }
   }
   // The block's sums, to the clerks.

@@ -163,14 +163,14 @@ class StagedForward : StagedPass<Precision> {
   StagedForward(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : Pass(shape, options), tensors_(tensors) {
     Arena arena(tensors.workspace);
-    take(arena, tensors.saved, is_pixel_major(tensors.x, shape), is_pixel_major(tensors.y, shape));
+    take(arena, tensors.saved, lies_ready(tensors.x, shape, options), lies_ready(tensors.y, shape, options));
   }
 
   static int64_t workspace_bytes(const LayerShape& shape, const Options& options, bool keep) {
     StagedForward pass(shape, options);
     Arena arena(nullptr);
     Storage pretend;
-    pass.take(arena, keep ? &pretend : nullptr, false, false);
+    pass.take(arena, keep ? &pretend : nullptr, options.pixel_major, options.pixel_major);
     return arena.bytes();
   }
 
@@ -278,20 +278,21 @@ class StagedBackward : protected StagedPass<Precision> {
   StagedBackward(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : Pass(shape, options), tensors_(tensors) {
     if constexpr (std::is_same_v<Storage, Wide>) {
-      g_in_place_ = options.need_input && is_pixel_major(tensors.grad_x, shape);
+      g_in_place_ = options.need_input && lies_ready(tensors.grad_x, shape, options);
       if (g_in_place_) g_ = tensors.grad_x.data;
     }
     Arena arena(tensors.workspace);
     // The saved pre-activations are only read; one buffer type serves both cases.
-    take(arena, const_cast<Storage*>(tensors.saved), is_pixel_major(tensors.x, shape), is_pixel_major(tensors.y, shape),
-         own_chain());
+    take(arena, const_cast<Storage*>(tensors.saved), lies_ready(tensors.x, shape, options),
+         lies_ready(tensors.y, shape, options), own_chain());
   }
 
   static int64_t workspace_bytes(const LayerShape& shape, const Options& options, bool kept) {
     StagedBackward pass(shape, options);
     Arena arena(nullptr);
     Storage pretend;
-    pass.take(arena, kept ? &pretend : nullptr, false, false, pass.own_chain());
+    pass.g_in_place_ = std::is_same_v<Storage, Wide> && options.need_input && options.pixel_major;
+    pass.take(arena, kept ? &pretend : nullptr, options.pixel_major, options.pixel_major, pass.own_chain());
     return arena.bytes();
   }
 

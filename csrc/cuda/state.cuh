@@ -24,6 +24,16 @@ bool is_pixel_major(const FeatureMap<Scalar>& map, const LayerShape& shape) {
          reinterpret_cast<uintptr_t>(map.data) % 16 == 0;
 }
 
+// The same where the caller has given its word: the workspace has no room for a copy then.
+template <class Scalar>
+bool lies_ready(const FeatureMap<Scalar>& map, const LayerShape& shape, const Options& options) {
+  const bool ready = is_pixel_major(map, shape);
+  require(ready || !options.pixel_major,
+          "Options: pixel_major, but a feature map is not channels-last with channels in "
+          "eights and aligned to 16 bytes; leave pixel_major out, and allocate what sizes() then says.");
+  return ready;
+}
+
 // to = from, in another dtype or layout, over `channels` channels of which those from extents.channels on are zero.
 template <class From, class To>
 __global__ void __launch_bounds__(kThreads)

@@ -129,6 +129,23 @@ def test_what_it_does_not_take(monkeypatch, driver):
     assert driver(replace(WIDE, batch=257)) == "staged"  # more blocks than a clerk's lanes take
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(240, 20, batch=64, height=32, width=32),
+        Case(300, 25, batch=64, height=16, width=16),
+        Case(360, 30, batch=64, height=8, width=8),
+        Case(240, 240, batch=64, height=32, width=32),
+    ],
+    ids=str,
+)
+def test_an_h200_takes_the_layers_of_gunn_15(monkeypatch, driver, case, mode):
+    """And one of single channels: 132 processors with 227 kB of shared memory each."""
+    processors(monkeypatch, 132)
+    assert driver(replace(case, mode=mode)) == "persistent"
+
+
 def test_it_serves_only_where_it_is_asked_for(monkeypatch, core, driver):
     monkeypatch.delenv("GUNN_CUDA_DRIVER")
     assert driver(WIDE) == "staged"

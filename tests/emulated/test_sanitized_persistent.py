@@ -78,9 +78,7 @@ def hashes(result):
 
 @pytest.fixture(scope="module")
 def expected(programs):
-    return {
-        dtype: hashes(programs.run(f"layer_{dtype}", "plain", *CASES)) for dtype in ("bfloat16", "float16")
-    }
+    return {dtype: hashes(programs.run(f"layer_{dtype}", "plain", *CASES)) for dtype in ("bfloat16", "float16")}
 
 
 @pytest.fixture
