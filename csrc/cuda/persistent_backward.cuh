@@ -201,6 +201,10 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     this->each_row([&](int mt, int half, int m) {
       GUNN_UNROLL
       for (int n = 0; n < ST; ++n) {
+        if (this->even_segments()) {
+          d3[mt][n][half] = this->column(n) < s ? this->pair_at(m, segment * s + this->column(n)) : 0;
+          continue;
+        }
         float value[2] = {};
         GUNN_UNROLL
         for (int j = 0; j < 2; ++j) {

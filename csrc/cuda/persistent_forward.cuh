@@ -315,26 +315,38 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
 
   GUNN_DEVICE void write_back(int segment, const Packed<ST>& z3, const Packed<KT + ST>& z1) const {
     const Extents& extents = chain_.extents;
+    const int s = extents.segment;
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
       GUNN_UNROLL
       for (int n = 0; n < ST; ++n) {
-        GUNN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int channel = this->column(n) + j;
-          if (channel >= extents.segment) continue;
-          float out = normed(segment, Kind::project, channel, j == 0 ? low(z3[mt][n][half]) : high(z3[mt][n][half]));
-          if (extents.shortcut) {
-            const uint32_t pair = z1[mt][KT + n][half];
-            out += normed(segment, Kind::reduce, 8 * KT + channel, j == 0 ? low(pair) : high(pair));
-          }
-          out = to_float(from_float<Storage>(out));
-          Storage* to = this->at(m, segment * extents.segment + channel);
-          if (extents.residual) out += to_float(*to);
-          *to = from_float<Storage>(out);
+        const int channel = this->column(n), in_state = segment * s + channel;
+        if (channel >= s) continue;
+        const uint32_t own = z3[mt][n][half], shortcut = z1[mt][KT + n][half];
+        const bool both = this->even_segments();
+        uint32_t before = 0;
+        if (both && extents.residual) before = this->pair_at(m, in_state);
+        const float first = updated(segment, channel, low(own), low(shortcut), low(before));
+        const float second = updated(segment, channel + 1, high(own), high(shortcut), high(before));
+        if (both) {
+          this->set_pair(m, in_state, Base::pack(first, second));
+          continue;
+        }
+        // Odd segments: a channel at a time, the state added here.
+        Storage* to = this->at(m, in_state);
+        to[0] = from_float<Storage>(extents.residual ? first + to_float(to[0]) : first);
+        if (channel + 1 < s) {
+          Storage* next = this->at(m, in_state + 1);
+          *next = from_float<Storage>(extents.residual ? second + to_float(*next) : second);
         }
       }
     });
+  }
+  // A channel's output, rounded, on top of the state.
+  GUNN_DEVICE float updated(int segment, int channel, float own, float shortcut, float before) const {
+    float out = normed(segment, Kind::project, channel, own);
+    if (chain_.extents.shortcut) out += normed(segment, Kind::reduce, 8 * KT + channel, shortcut);
+    return to_float(from_float<Storage>(out)) + before;
   }
 
   const ForwardChain<Precision>& chain_;

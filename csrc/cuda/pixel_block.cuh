@@ -212,6 +212,13 @@ class PixelBlock {
     const int behind = channel - base_.resident;
     return streamed_ + (static_cast<int64_t>(behind / 8) * kPixels + m) * 8 + behind % 8;
   }
+  // Two channels of a pixel at once, where a pair is a word.
+  GUNN_DEVICE uint32_t pair_at(int m, int channel) const { return *reinterpret_cast<const uint32_t*>(at(m, channel)); }
+  GUNN_DEVICE void set_pair(int m, int channel, uint32_t pair) const {
+    *reinterpret_cast<uint32_t*>(at(m, channel)) = pair;
+  }
+  // Whether segments begin and end between words.
+  GUNN_DEVICE bool even_segments() const { return base_.extents.segment % 2 == 0; }
   // Pixel m of the block, from the beginning of its image.
   template <class Scalar>
   GUNN_DEVICE Scalar* pixel_of(const FeatureMap<Scalar>& map, int m) const {
