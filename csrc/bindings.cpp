@@ -52,14 +52,14 @@ LayerShape make_shape(int64_t batch, int64_t channels, int64_t height, int64_t w
 
 Options make_options(const LayerShape& shape, bool batch_statistics, double eps, int threads, int64_t count,
                      bool need_input, bool need_parameters, bool stepwise, int device, Address stream,
-                     bool tensor_float, bool pixel_major) {
+                     bool tensor_float, bool pixel_major, bool persistent) {
   require(eps > 0 && eps < std::numeric_limits<double>::infinity(), "Options: eps must be finite and above 0, got ",
           eps, ".");
   require(threads >= 1, "Options: threads must be at least 1, got ", threads, ".");
   require(count >= 0, "Options: count must be at least 0, got ", count, ".");
   const int64_t local = shape.batch * shape.height * shape.width;
-  return {batch_statistics, eps,    count ? count : local, threads,      need_input, need_parameters,
-          stepwise,         device, pointer<void>(stream), tensor_float, pixel_major};
+  return {batch_statistics, eps,    count ? count : local, threads,      need_input,  need_parameters,
+          stepwise,         device, pointer<void>(stream), tensor_float, pixel_major, persistent};
 }
 
 // Per unit: reduce, its batch norm's weight and bias, the shortcut's three where there is one, spatial's, project's.
@@ -252,7 +252,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Options>(m, "Options", py::module_local())
       .def(py::init(&make_options), "shape"_a, py::kw_only(), "batch_statistics"_a, "eps"_a, "threads"_a, "count"_a = 0,
            "need_input"_a = true, "need_parameters"_a = true, "stepwise"_a = false, "device"_a = -1, "stream"_a = 0,
-           "tensor_float"_a = false, "pixel_major"_a = false);
+           "tensor_float"_a = false, "pixel_major"_a = false, "persistent"_a = false);
 
   m.def("build_info", &build_info);
   m.def("simd_level", &simd_level);

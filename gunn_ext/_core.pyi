@@ -36,6 +36,7 @@ class Options:
         stream: int = 0,
         tensor_float: bool = False,
         pixel_major: bool = False,
+        persistent: bool = False,
     ) -> None: ...
 
 def build_info() -> dict[str, Any]: ...

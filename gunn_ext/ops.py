@@ -28,6 +28,7 @@ except ImportError as error:
         "from another folder."
     ) from error
 
+from gunn_ext.choice import choose_driver
 from gunn_ext.parameters import LAYER_DTYPES, STATISTICS_DTYPES, StackedBatchNorm, StackedLayer, Unit
 from gunn_ext.reference import memory_format_of, reference_layer
 
@@ -95,7 +96,7 @@ class CudaBackend:
 
     def name(self, device: torch.device) -> str:
         """What computes, for people; `drivers` says which of the drivers takes a layer."""
-        return f"cuda/{os.environ.get('GUNN_CUDA_DRIVER') or 'staged'}"
+        return f"cuda/{os.environ.get('GUNN_CUDA_DRIVER') or 'chosen'}"
 
     def placement(self, x: Tensor, expansion: int, tensor_float: bool) -> dict[str, Any]:
         """Options of the core that say where and how to run."""
@@ -182,7 +183,8 @@ def _backend_of(device: torch.device) -> CpuBackend | CudaBackend:
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """Name what computes a gradual layer: ``cpu/avx512``, ``cuda/staged``, ``reference``.
 
-    On the CPU the instruction set, on a GPU the driver asked for; `drivers` says which one takes a layer.
+    On the CPU the instruction set; on a GPU the driver that GUNN_CUDA_DRIVER asks for, or ``cuda/chosen`` by the table
+    of what was measured; `drivers` says which one takes a layer.
 
     Raises:
         RuntimeError: Nothing here serves ``device``.
@@ -192,6 +194,27 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     if dtype not in LAYER_DTYPES:
         raise TypeError(f"GunnLayer: expected float64, float32, bfloat16 or float16, got {dtype}; convert the input.")
     return found.name(torch.device(device)) if dtype in found.dtypes else "reference"
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _persistent(x: Tensor, segments: int, training: bool) -> bool:
+    """Whether the table of measured drivers wants the persistent one for a layer."""
+    batch, channels, height, width = x.shape
+    dtype = str(x.dtype).removeprefix("torch.")
+    driver = choose_driver(
+        _gpu_name(x.device.index),
+        dtype,
+        training,
+        batch=batch,
+        channels=channels,
+        pixels=height * width,
+        segments=segments,
+    )
+    return driver == "persistent"
 
 
 # --- The arguments of the core -------------------------------------------------------------------------------------
@@ -340,7 +363,10 @@ def _call(
 ) -> _Call:
     found = _backend_of(x.device)
     shape = _layer_shape(found.core, x.shape, segments, expansion, units, shortcut, residual)
-    placed = found.core.Options(shape, **found.placement(x, expansion, tensor_float), **options)
+    placement = found.placement(x, expansion, tensor_float)
+    if x.is_cuda:
+        placement["persistent"] = _persistent(x, segments, options["batch_statistics"])
+    placed = found.core.Options(shape, **placement, **options)
     return _Call(found, shape, placed, x.dtype)
 
 
@@ -429,7 +455,15 @@ def layer_forward(
         used = x.new_empty(_statistics_shape(x, *sizes), dtype=_wide(x.dtype))
     saved = x.new_empty(_saved_shape(x, *sizes) if keep else (0,))
     if x.numel():
-        call = _call(x, *sizes, residual, tensor_float, batch_statistics=batch_statistics, eps=eps, pixel_major=_pixel_major(x, y))
+        call = _call(
+            x,
+            *sizes,
+            residual,
+            tensor_float,
+            batch_statistics=batch_statistics,
+            eps=eps,
+            pixel_major=_pixel_major(x, y),
+        )
         contiguous = _wide_parameters(parameters, x.dtype)
         used = used.contiguous()
         workspace = _workspace(call.workspaces(keep)[0], x)

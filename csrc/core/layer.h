@@ -39,6 +39,7 @@ struct Options {
   void* stream = nullptr;     // a cudaStream_t of that device
   bool tensor_float = false;  // a GPU may multiply float32 with 10 bits of mantissa (TF32)
   bool pixel_major = false;   // the caller's word that x, y and grad_x lie as the GPU's kernels want them (state.cuh)
+  bool persistent = false;    // the persistent driver is to serve a GPU's layers that it takes
   int64_t block = 0;          // GPU backward: segments recomputed at once; 0: as many as memory allows
 };
 

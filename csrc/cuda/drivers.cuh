@@ -9,14 +9,14 @@
 
 namespace gunn {
 
-// The persistent driver has not been measured on a GPU yet, so it serves only where GUNN_CUDA_DRIVER=persistent asks
-// for it, and there only the layers it takes.
-inline bool persistent_wanted() {
+// GUNN_CUDA_DRIVER, where it is set, has the last word.
+inline bool persistent_wanted(const Options& options) {
   const char* wanted = std::getenv("GUNN_CUDA_DRIVER");
-  if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "staged") == 0) return false;
-  require(std::strcmp(wanted, "persistent") == 0, "GUNN_CUDA_DRIVER=", wanted,
-          ": unknown driver; expected staged or persistent.");
-  return true;
+  if (wanted == nullptr || *wanted == '\0') return options.persistent;
+  const bool persistent = std::strcmp(wanted, "persistent") == 0;
+  require(persistent || std::strcmp(wanted, "staged") == 0, "GUNN_CUDA_DRIVER=", wanted,
+          ": unknown driver; expected staged or persistent, or nothing for the table's choice.");
+  return persistent;
 }
 
 template <class Precision>
@@ -30,7 +30,7 @@ struct Drivers {
                 StagedForward<Precision>::workspace_bytes(shape, options, keep),
                 StagedBackward<Precision>::workspace_bytes(shape, options, keep)};
     if constexpr (kPersistent) {
-      if (persistent_wanted()) {
+      if (persistent_wanted(options)) {
         PersistentForward<Precision> forward(shape, options);
         PersistentBackward<Precision> backward(shape, options, keep);
         if (forward.takes()) sizes.forward_workspace = forward.workspace_bytes();
@@ -42,7 +42,7 @@ struct Drivers {
   static DriverNames drivers(const LayerShape& shape, const Options& options, bool keep) {
     DriverNames names{"staged", "staged"};
     if constexpr (kPersistent) {
-      if (persistent_wanted()) {
+      if (persistent_wanted(options)) {
         if (PersistentForward<Precision>(shape, options).takes()) names.forward = "persistent";
         if (PersistentBackward<Precision>(shape, options, keep).takes()) names.backward = "persistent";
       }
@@ -51,7 +51,7 @@ struct Drivers {
   }
   static void forward(const LayerShape& shape, const Options& options, const ForwardTensors<Storage, Wide>& tensors) {
     if constexpr (kPersistent) {
-      if (persistent_wanted()) {
+      if (persistent_wanted(options)) {
         PersistentForward<Precision> persistent(shape, options);
         if (persistent.takes()) return persistent.run(tensors);
       }
@@ -64,7 +64,7 @@ struct Drivers {
   }
   static void backward(const LayerShape& shape, const Options& options, const BackwardTensors<Storage, Wide>& tensors) {
     if constexpr (kPersistent) {
-      if (persistent_wanted()) {
+      if (persistent_wanted(options)) {
         PersistentBackward<Precision> persistent(shape, options, tensors.saved != nullptr);
         if (persistent.takes()) return persistent.run(tensors);
       }

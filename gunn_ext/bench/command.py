@@ -25,8 +25,10 @@ from gunn_ext.bench.peers import peers_of
 from gunn_ext.bench.plots import require_matplotlib, write_plots
 from gunn_ext.bench.predict import HEADER, PARTS_HEADER, aligned, markdown, part_rows, prediction_rows
 from gunn_ext.bench.profiles import profile_layers
-from gunn_ext.bench.rows import write_json
+from gunn_ext.bench.rows import read_json, write_json
 from gunn_ext.bench.steps import FORMATS
+from gunn_ext.bench.tune import update_table
+from gunn_ext.choice import TABLE
 
 USAGE = """\
 usage: gunn bench COMMAND [OPTIONS]
@@ -39,6 +41,7 @@ commands:
   model [NAME...]   a training step or an evaluation of whole networks
   memory [NAME]     what a training step keeps and grows by on the CPU, each variant in a process of its own
   predict [NAME...] what the performance model says, without measuring anything
+  tune FILE         from measured rows, the table of which CUDA driver serves a layer
 
 gunn bench COMMAND --help lists the options.
 """
@@ -61,7 +64,14 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    commands = {"layer": _layer, "sweep": _sweep, "model": _model, "memory": _memory, "predict": _predict}
+    commands = {
+        "layer": _layer,
+        "sweep": _sweep,
+        "model": _model,
+        "memory": _memory,
+        "predict": _predict,
+        "tune": _tune,
+    }
     if arguments[0] not in commands:
         raise ValueError(f"unknown command {arguments[0]!r} of gunn bench; expected {', '.join(commands)}.")
     return commands[arguments[0]](list(arguments[1:]))
@@ -295,4 +305,26 @@ def _predict(arguments: list[str]) -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"predicted": True, "header": header, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def _tune(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="gunn bench tune",
+        description="Which CUDA driver serves a layer, from rows measured on a GPU. Times nothing.",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="rows of gunn bench layer --device cuda --json FILE")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table to update (default: the package's own)")
+    options = parser.parse_args(arguments)
+    if not options.file.is_file():
+        raise ValueError(f"{options.file}: no such file; expected rows that `gunn bench layer --json` has written.")
+    facts, rows = read_json(options.file)
+    for row in update_table(options.table, facts["device"], rows):
+        times = ", ".join(
+            f"{name} {row[f'{name}_ms']:.3f} ms" for name in ("staged", "persistent") if f"{name}_ms" in row
+        )
+        print(
+            f"{row['layer']:16} batch {row['batch']:4} {row['dtype']:9} {row['pass']:10} {row['driver']:10} ({times})"
+        )
+    print(options.table)
     return 0

@@ -39,7 +39,7 @@ def emulated_kernels(core, monkeypatch):
 
 @pytest.fixture
 def driver(core):
-    def driver(case, dtype="bfloat16", keep=False):
+    def driver(case, dtype="bfloat16", keep=False, **chosen):
         shape = core.LayerShape(
             batch=case.batch,
             channels=case.channels,
@@ -51,7 +51,7 @@ def driver(core):
             shortcut=case.shortcut,
             residual=case.residual,
         )
-        options = core.Options(shape, batch_statistics=case.mode == "train", eps=1e-5, threads=1, device=0)
+        options = core.Options(shape, batch_statistics=case.mode == "train", eps=1e-5, threads=1, device=0, **chosen)
         forward, backward = core.drivers(shape, options, dtype, keep)
         return forward if forward == backward else f"{forward}, {backward}"
 
@@ -149,8 +149,13 @@ def test_an_h200_takes_the_layers_of_gunn_15(monkeypatch, driver, case, mode):
 def test_it_serves_only_where_it_is_asked_for(monkeypatch, core, driver):
     monkeypatch.delenv("GUNN_CUDA_DRIVER")
     assert driver(WIDE) == "staged"
+    assert driver(WIDE, persistent=True) == "persistent"  # by the table
+    monkeypatch.setenv("GUNN_CUDA_DRIVER", "staged")
+    assert driver(WIDE, persistent=True) == "staged"
     monkeypatch.setenv("GUNN_CUDA_DRIVER", "fast")
-    with pytest.raises(core.CoreError, match="GUNN_CUDA_DRIVER=fast: unknown driver; expected staged or persistent"):
+    with pytest.raises(
+        core.CoreError, match="GUNN_CUDA_DRIVER=fast: unknown driver; expected staged or persistent, or nothing"
+    ):
         driver(WIDE)
 
 
