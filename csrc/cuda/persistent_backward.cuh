@@ -131,7 +131,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       leave<KT>(i, Norm::spatial, z2);
       receive_edges(i, epoch);
       __syncthreads();
-      clear(sums);
+      Base::clear(sums);
       this->spatial_steps(sums);
       stop(i, Norm::reduce, sums, z1, d2);
       exchange(Kind::reduce, epoch);
@@ -323,13 +323,6 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
                                     stopped(turn, row + 1, high(z[mt][n][half]), sums[mt][n][2 * half + 1]));
       });
       add_sums<KT>(segment, n, n, norm, d, z);
-    }
-  }
-  static GUNN_DEVICE void clear(Sums<KT>& sums) {
-    GUNN_UNROLL
-    for (int mt = 0; mt < MT; ++mt) {
-      GUNN_UNROLL
-      for (int n = 0; n < KT; ++n) sums[mt][n][0] = sums[mt][n][1] = sums[mt][n][2] = sums[mt][n][3] = 0;
     }
   }
   GUNN_DEVICE void receive_edges(int segment, unsigned epoch) const {

@@ -110,7 +110,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       Base::round(sums, z2);
       exchange(Kind::spatial, z2, epoch);
       keep<KT, KT>(i, Norm::spatial, z2, 0);
-      clear(ahead);
+      Base::clear(ahead);
       if (more) {
         fetch(Kind::spatial, i + 1);
         copy_async_wait<1>();  // the reduce's, not the spatial's
@@ -250,13 +250,6 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   GUNN_DEVICE uint32_t activate_columns(int segment, Kind kind, int column, uint32_t pair) const {
     return Base::pack(relu(normed(segment, kind, column, low(pair))),
                       relu(normed(segment, kind, column + 1, high(pair))));
-  }
-  static GUNN_DEVICE void clear(Sums<KT + ST>& sums) {
-    GUNN_UNROLL
-    for (int mt = 0; mt < MT; ++mt) {
-      GUNN_UNROLL
-      for (int n = 0; n < KT + ST; ++n) sums[mt][n][0] = sums[mt][n][1] = sums[mt][n][2] = sums[mt][n][3] = 0;
-    }
   }
 
   // The block's mean and squared deviations of every column, sent to the clerks.

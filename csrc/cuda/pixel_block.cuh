@@ -411,6 +411,14 @@ class PixelBlock {
       }
     }
   }
+  template <int tiles>
+  static GUNN_DEVICE void clear(Sums<tiles>& sums) {
+    GUNN_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      GUNN_UNROLL
+      for (int n = 0; n < tiles; ++n) sums[mt][n][0] = sums[mt][n][1] = sums[mt][n][2] = sums[mt][n][3] = 0;
+    }
+  }
   static GUNN_DEVICE float over_rows(float value) {
     GUNN_UNROLL
     for (int bits = 4; bits < 32; bits *= 2) value += __shfl_xor_sync(~0u, value, bits);
