@@ -343,21 +343,18 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     if (!chain_.exchanges) return;
     const float* means = tables_.mean[segment % 2] + row_of(norm) + this->column(n);
     const float mean[2] = {means[0], means[1]};
-    float sum[2] = {}, product[2] = {};
+    float sums[4] = {};  // of d in both columns, of the products in both
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
       const uint32_t gradients = fresh(d[mt][n][half]), inputs = fresh(z[mt][n][half]);
-      sum[0] += low(gradients), sum[1] += high(gradients);
-      product[0] += low(gradients) * (low(inputs) - mean[0]);
-      product[1] += high(gradients) * (high(inputs) - mean[1]);
+      sums[0] += low(gradients), sums[1] += high(gradients);
+      sums[2] += low(gradients) * (low(inputs) - mean[0]);
+      sums[3] += high(gradients) * (high(inputs) - mean[1]);
     });
-    GUNN_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const float all = Base::over_rows(sum[j]), products = Base::over_rows(product[j]);
-      if (lane_ / 4 != 0) continue;
-      tables_.a[warp_][this->column(to) + j] = all;
-      tables_.b[warp_][this->column(to) + j] = products;
-    }
+    const float mine = Base::over_rows(sums);
+    if (lane_ >= 16) return;
+    const int g = lane_ / 4;
+    (g < 2 ? tables_.a : tables_.b)[warp_][this->column(to) + g % 2] = mine;
   }
   // The block's sums, to the clerks.
   GUNN_DEVICE void exchange(Kind kind, unsigned epoch) const {

@@ -263,21 +263,21 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       this->each_row([&](int mt, int half, int m) {
         if (m < count_) sum[0] += low(z[mt][n][half]), sum[1] += high(z[mt][n][half]);
       });
-      float mean[2], squares[2] = {};
-      GUNN_UNROLL
-      for (int j = 0; j < 2; ++j) mean[j] = in_warp > 0 ? Base::over_rows(sum[j]) / static_cast<float>(in_warp) : 0;
+      // The lane's column is one of two, its mean and the other's.
+      const float mine = in_warp > 0 ? Base::over_rows(sum) / static_cast<float>(in_warp) : 0;
+      const float other = __shfl_xor_sync(~0u, mine, 4);
+      const int odd = lane_ / 4 % 2;
+      const float mean[2] = {odd ? other : mine, odd ? mine : other};
+      float squares[2] = {};
       this->each_row([&](int mt, int half, int m) {
         if (m >= count_) return;
         const float apart[2] = {low(z[mt][n][half]) - mean[0], high(z[mt][n][half]) - mean[1]};
         squares[0] += apart[0] * apart[0], squares[1] += apart[1] * apart[1];
       });
-      GUNN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float all = Base::over_rows(squares[j]);
-        if (lane_ / 4 != 0) continue;
-        tables_.a[warp_][this->column(n) + j] = mean[j];
-        tables_.b[warp_][this->column(n) + j] = all;
-      }
+      const float all = Base::over_rows(squares);
+      if (lane_ >= 8) continue;
+      tables_.a[warp_][this->column(n) + odd] = mine;
+      tables_.b[warp_][this->column(n) + odd] = all;
     }
     __syncthreads();
     const int mine = threadIdx.x;

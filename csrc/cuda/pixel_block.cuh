@@ -419,10 +419,21 @@ class PixelBlock {
       for (int n = 0; n < tiles; ++n) sums[mt][n][0] = sums[mt][n][1] = sums[mt][n][2] = sums[mt][n][3] = 0;
     }
   }
-  static GUNN_DEVICE float over_rows(float value) {
-    GUNN_UNROLL
-    for (int bits = 4; bits < 32; bits *= 2) value += __shfl_xor_sync(~0u, value, bits);
-    return value;
+  // Sums over a fragment's eight rows g, folded: lanes share the values among them instead of summing each everywhere.
+  // Of two values the lane has number g % 2, of four number g % 4.
+  static GUNN_DEVICE float over_rows(const float (&values)[2]) {
+    const bool odd = threadIdx.x / 4 % 2 == 1;
+    float sum = odd ? values[1] : values[0];
+    sum += __shfl_xor_sync(~0u, odd ? values[0] : values[1], 4);
+    sum += __shfl_xor_sync(~0u, sum, 8);
+    return sum + __shfl_xor_sync(~0u, sum, 16);
+  }
+  static GUNN_DEVICE float over_rows(const float (&values)[4]) {
+    const bool odd = threadIdx.x / 4 % 2 == 1, later = threadIdx.x / 8 % 2 == 1;
+    const float first = (odd ? values[1] : values[0]) + __shfl_xor_sync(~0u, odd ? values[0] : values[1], 4);
+    const float second = (odd ? values[3] : values[2]) + __shfl_xor_sync(~0u, odd ? values[2] : values[3], 4);
+    const float sum = (later ? second : first) + __shfl_xor_sync(~0u, later ? first : second, 8);
+    return sum + __shfl_xor_sync(~0u, sum, 16);
   }
 
   // The block's two numbers of a column, to the clerks.
