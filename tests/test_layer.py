@@ -278,6 +278,21 @@ def test_statistics_of_a_large_image_are_as_good_as_those_of_torch(outlier):
     assert_within_rule(ours, oracle, plain, factor=2, name="y")
 
 
+@pytest.mark.parametrize("case", [Case(1600, 40, height=4, width=4), Case(240, 3, expansion=4)], ids=str)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_long_sums_do_not_lose_digits(case, mode):
+    """1,600 channels in a 1x1 convolution, 2,880 products in a 3x3: summed one after another they cost over twice."""
+    case = replace(case, mode=mode, shortcut=False)
+    torch.manual_seed(0)
+    reference = case.layer()
+    ours, oracle = case.layer(GunnLayer), case.layer(dtype=torch.float64)
+    for layer in (ours, oracle):
+        layer.load_state_dict(reference.state_dict())
+    x = torch.randn(case.batch, case.channels, case.height, case.width)
+    with torch.no_grad():
+        assert_within_rule(ours(x), oracle(x.double()), reference(x), factor=2, name="y")
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_backward_twice_through_a_retained_graph(recompute):
     laws.backward_may_run_twice_through_a_retained_graph(sample(SMALL), recompute)

@@ -45,25 +45,32 @@ template <class Scalar, int R, bool halves>
 GUNN_NOINLINE void conv3x3_block(const PaddedImage<Scalar>& image, const Scalar* w, int64_t offset0, int64_t offset1,
                                  Scalar* out) {
   constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
-  Vector<Scalar> acc[R][2];
-  clear<Scalar, R, 2>(acc);
+  constexpr int64_t kChannels = kLongestSum / 9;
   const int64_t line = image.line;
   const Scalar *p0 = image.data + offset0, *p1 = image.data + offset1;
-  for (int64_t c = 0; c < image.channels; ++c) {
-    GUNN_UNROLL for (int64_t dy = -1; dy <= 1; ++dy) {
-      GUNN_UNROLL for (int64_t dx = -1; dx <= 1; ++dx) {
-        const int64_t at = dy * line + dx;
-        const Vector<Scalar> in[2] = {halves ? load_halves<Scalar>(p0 + at, line) : load<Scalar>(p0 + at),
-                                      halves ? load_halves<Scalar>(p1 + at, line) : load<Scalar>(p1 + at)};
-        multiply_step<Scalar, R, 2>(acc, w, in);
-        w += R;
+  for (int64_t first = 0; first < image.channels; first += kChannels) {
+    Vector<Scalar> acc[R][2];
+    clear<Scalar, R, 2>(acc);
+    const int64_t end = first + kChannels < image.channels ? first + kChannels : image.channels;
+    for (int64_t c = first; c < end; ++c) {
+      GUNN_UNROLL for (int64_t dy = -1; dy <= 1; ++dy) {
+        GUNN_UNROLL for (int64_t dx = -1; dx <= 1; ++dx) {
+          const int64_t at = dy * line + dx;
+          const Vector<Scalar> in[2] = {halves ? load_halves<Scalar>(p0 + at, line) : load<Scalar>(p0 + at),
+                                        halves ? load_halves<Scalar>(p1 + at, line) : load<Scalar>(p1 + at)};
+          multiply_step<Scalar, R, 2>(acc, w, in);
+          w += R;
+        }
+      }
+      p0 += image.channel;
+      p1 += image.channel;
+    }
+    GUNN_UNROLL for (int r = 0; r < R; ++r) {
+      GUNN_UNROLL for (int v = 0; v < 2; ++v) {
+        Scalar* p = out + r * T + v * L;
+        store<Scalar>(p, first == 0 ? acc[r][v] : load<Scalar>(p) + acc[r][v]);
       }
     }
-    p0 += image.channel;
-    p1 += image.channel;
-  }
-  GUNN_UNROLL for (int r = 0; r < R; ++r) {
-    GUNN_UNROLL for (int v = 0; v < 2; ++v) store<Scalar>(out + r * T + v * L, acc[r][v]);
   }
 }
 

@@ -100,13 +100,22 @@ GUNN_NOINLINE void gemm_block(const Scalar* w, const Scalar* x, int64_t inner, i
 
 constexpr int64_t kPrefetchAhead = 12;
 
+// Products in one sum at most: longer ones are added in parts, or rounding grows with the depth.
+constexpr int64_t kLongestSum = 256;
+
 // The whole 1x1 convolution on one tile: x[inner][tile] → out[rows][tile], w from pack_rows.
 template <class Scalar, Into into>
 GUNN_INLINE void gemm_rows(const Scalar* w, int64_t rows, const Scalar* x, int64_t inner, Scalar* out) {
   constexpr int64_t T = Simd<Scalar>::tile;
+  const int64_t parts = (inner + kLongestSum - 1) / kLongestSum, part = parts > 1 ? (inner + parts - 1) / parts : inner;
   for_row_blocks(rows, [&](auto block, int64_t r) {
+    constexpr int R = decltype(block)::value;
     const int64_t ahead = r == 0 && inner > kPrefetchAhead ? kPrefetchAhead : 0;
-    gemm_block<Scalar, decltype(block)::value, into>(w + r * inner, x, inner, ahead, out + r * T);
+    gemm_block<Scalar, R, into>(w + r * inner, x, part, ahead, out + r * T);
+    for (int64_t c = part; c < inner; c += part) {
+      const int64_t depth = c + part < inner ? part : inner - c;
+      gemm_block<Scalar, R, Into::add>(w + r * inner + c * R, x + c * T, depth, ahead, out + r * T);
+    }
   });
 }
 
