@@ -101,7 +101,7 @@ GUNN_NOINLINE void gemm_block(const Scalar* w, const Scalar* x, int64_t inner, i
 constexpr int64_t kPrefetchAhead = 12;
 
 // Products in one sum at most: longer ones are added in parts, or rounding grows with the depth.
-constexpr int64_t kLongestSum = 256;
+constexpr int64_t kLongestSum = 384;
 
 // The whole 1x1 convolution on one tile: x[inner][tile] → out[rows][tile], w from pack_rows.
 template <class Scalar, Into into>

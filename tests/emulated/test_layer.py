@@ -545,5 +545,26 @@ def test_sizes_that_leave_32_bits_are_named(core, size, named):
         core.sizes(*told(core, case), "bfloat16", False)
 
 
+def test_room_for_copies_is_taken_only_where_there_are_copies(core):
+    """Forward: copies of x and y; backward: and in float32 the gradient of the state is grad_x itself."""
+    shape, _ = told(core, Case(64, 4, batch=2, height=16, width=16))
+    x_bytes = 2 * 64 * 16 * 16 * 4
+
+    def workspaces(**promise):
+        options = core.Options(shape, batch_statistics=True, eps=1e-5, threads=1, device=0, **promise)
+        return core.sizes(shape, options, "float32", False)[2:]
+
+    saved = [a - b for a, b in zip(workspaces(), workspaces(pixel_major=True), strict=True)]
+    assert saved == [2 * x_bytes, 3 * x_bytes]
+
+
+def test_a_wrong_word_about_layouts_is_refused(core, monkeypatch):
+    """Without room for a copy nothing is copied."""
+    monkeypatch.setattr(ops, "_pixel_major", lambda *tensors: True)
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    with pytest.raises(core.CoreError, match="pixel_major, but a feature map is not channels-last"):
+        GunnLayer(16, 2)(x)
+
+
 def test_kept_pre_activations_may_lie_anywhere():
     laws.kept_pre_activations_may_lie_anywhere(sample(SMALL))

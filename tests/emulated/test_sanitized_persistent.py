@@ -19,6 +19,7 @@ CASES = (
     "persistent_streamed_bands_given",
     "persistent_wide",
     "persistent_wide_no_shortcut",
+    "persistent_eights_channels_last",
     "persistent_no_input",
     "persistent_no_parameters",
     "persistent_given_no_parameters",

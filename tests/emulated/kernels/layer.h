@@ -297,6 +297,7 @@ Results run_pass(const Kernels<Scalar, Wide>& kernels, const Setup& setup, const
   Options options{setup.batch_statistics, 1e-5,           shape.batch * pixels, 1, setup.need_input,
                   setup.need_parameters,  manner.stepwise};
   options.block = manner.block;
+  options.pixel_major = setup.layout == Layout::channels_last && shape.channels % 8 == 0;
   const Sizes sizes = kernels.sizes(shape, options, manner.keep);
 
   const auto x_strides = strides<Scalar>(shape, setup.layout);
@@ -492,6 +493,8 @@ inline const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
       {"persistent_no_input", on(4, {{3, 16, 6, 7, 4, 2, 1, true, true}, true, false, true})},
       {"persistent_no_parameters", on(4, {{3, 16, 6, 7, 4, 2, 1, true, true}, true, true, false})},
       {"persistent_given_no_parameters", on(4, given({{3, 16, 6, 7, 4, 2, 1, true, true}, true, true, false}))},
+      {"persistent_eights_channels_last",
+       on(2, {{1, 32, 8, 8, 4, 1, 1, true, true}, true, true, true, Layout::channels_last})},
       {"persistent_eights_given", on(2, given({{1, 32, 16, 8, 4, 1, 1, true, true}}))},
   };
   return all;
