@@ -58,6 +58,12 @@ def test_the_tiny_layer_by_hand_on_the_persistent_driver():
     assert found.forward == found.evaluation + Parts(exchange=3 * 2 * 100.0)
     assert found.backward.compute == pytest.approx(3 * FLOPS / 10)
     assert found.backward.exchange == 3 * 2 * 100.0
+    # One block of segments: recomputed, its chain, two products, three sums of these, beside what begins a pass.
+    assert found.backward.launch == (8 + 1 + 6) * 1000.0
+    kept = 2 * (2 * 2 + 2 * 2) * PIXELS * 4  # k and s twice, of two segments
+    # g read and written, the state read to recompute; pre-activations written, read, read by half; gradients of them
+    # written and read.
+    assert found.backward.memory == 3 * STATE + (2.5 + 2) * kept
 
 
 def test_the_tiny_layer_by_hand_on_the_staged_driver():

@@ -17,6 +17,7 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 PASSES = ("training", "evaluation")
 _TILE = 64  # pixels and channels of a tile of the staged driver
 _LEAST_BLOCK = 32 * 2**20  # bytes that the staged backward may spend on a block of segments, at least
+_LEAST_CHAIN = 64 * 2**20  # the same of the persistent one
 
 
 @dataclass(frozen=True)
@@ -322,8 +323,8 @@ def persistent(
 
     Weights, and the share of the state that finds no room on the chip, stream from the cache under the products, as
     operands from shared memory do: of compute, cache and shared only the largest counts. The state is read and written
-    once. Evaluation exchanges nothing. The backward recomputes and takes weight gradients in large launches, and its
-    chain of gradients exchanges as often as the forward.
+    once. Evaluation exchanges nothing. The backward takes blocks of segments: it recomputes them, runs their chain of
+    gradients, which exchanges as often as the forward, and takes the gradients of their weights.
 
     Whether the driver takes a layer is not asked here: this is what it would cost.
 
@@ -362,13 +363,19 @@ def persistent(
     forward = evaluation + exchanges
     if not recompute:
         forward += Parts(memory=kept / limits.memory_bandwidth)
-    # Recomputed or kept, pre-activations are written once and read twice: by the chain and for the weights.
-    again = flops if recompute else 0.0
-    backward = (
-        Parts(memory=(4 * state + 3 * kept) / limits.memory_bandwidth, launch=(8 + 4 * sizes.units) * limits.launch)
-        + products(2 * flops + again, weights * blocks + streamed, 2 * operands)
-        + exchanges
-    )
+    # Three phases. Pre-activations are written, or were kept, read by the chain, and two of four for the weights; their
+    # gradients written and read once. For the weights the state is read once for two segments.
+    chain = products(flops, weights * blocks + 2 * streamed, operands) + exchanges
+    chain += Parts(memory=(2 * state + 2 * kept) / limits.memory_bandwidth)
+    weight_gradients = products(flops, state * segments / 2, operands)
+    weight_gradients += Parts(memory=(1 + k / (k + s)) * kept / limits.memory_bandwidth)
+    each = 2 * kept / segments
+    launches = math.ceil(segments / max(1, max(_LEAST_CHAIN, 3 * state) // each))
+    backward = chain + weight_gradients + Parts(launch=(8 + 6 * launches) * limits.launch)
+    if recompute:
+        again = products(flops, weights * blocks + streamed, operands)
+        backward += again + Parts(memory=(launches * state + kept) / limits.memory_bandwidth)
+        backward += Parts(launch=launches * limits.launch)
     return Prediction(forward, backward, evaluation)
 
 
