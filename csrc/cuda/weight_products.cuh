@@ -18,8 +18,8 @@
 
 namespace gunn {
 
-// Two fragments' worth of [pixel][channel]: 16 pixels of depth from `from` on, 16 channels. `pixel_of_lane` is where
-// the lane's pixel, lane % 8 + 8 * (its matrix is of the later pixels), lies.
+// Where in 16 pixels of depth and 16 channels the lane's row of a matrix begins (load_matrices), as operand of rows or
+// of columns: these have their four matrices in another order.
 GUNN_DEVICE int depth_of_lane(bool rows) {
   const int matrix = threadIdx.x % 32 / 8;
   return threadIdx.x % 8 + 8 * (rows ? matrix / 2 : matrix % 2);

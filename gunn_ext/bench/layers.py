@@ -16,7 +16,7 @@ from gunn_ext.analysis.performance import DeviceLimits, LayerSizes, fused, persi
 from gunn_ext.bench.cases import Case, build, custom_case
 from gunn_ext.bench.contest import Contest, Entry, Settings
 from gunn_ext.bench.memory import peak_bytes, saved_bytes
-from gunn_ext.bench.peers import Peer, asking_for, peers_of, served_driver
+from gunn_ext.bench.peers import Peer, asking, asking_for, peers_of, served_driver
 from gunn_ext.bench.rows import Row
 from gunn_ext.bench.steps import FORMATS, LayerStep, Replay
 from gunn_ext.bench.timing import Work
@@ -113,14 +113,7 @@ class _Cell:
                 outputs = replay.outputs
         found = self.yardstick(peer.gradual).hold(step.named(outputs))
         row["relative_error"], row["share_of_tolerance"] = found
-        if peer.driver is None or peer.graphed:
-            return work
-
-        def asked() -> None:
-            with asking_for(peer.driver):
-                step()
-
-        return asked
+        return work if peer.graphed else asking(peer.driver, step)
 
 
 def measure_layers(contest: Contest, cases: Sequence[Case], batch: int | None = None) -> None:

@@ -17,7 +17,7 @@ from gunn_ext.bench.contest import Contest, Entry, Settings
 from gunn_ext.bench.memory import peak_bytes, saved_bytes
 from gunn_ext.bench.networks import input_of, network
 from gunn_ext.bench.others import OTHERS
-from gunn_ext.bench.peers import Peer, asking_for, peers_of
+from gunn_ext.bench.peers import Peer, asking, asking_for, peers_of
 from gunn_ext.bench.rows import Row
 from gunn_ext.bench.steps import FORMATS, Replay, autocast
 from gunn_ext.bench.timing import Work
@@ -185,14 +185,7 @@ class _Cell:
             row["peak_bytes"] = peak_bytes(step, device)
             if peer.graphed:
                 work = Replay(step)
-        if peer.driver is None or peer.graphed:
-            return work
-
-        def asked() -> None:
-            with asking_for(peer.driver):
-                step()
-
-        return asked
+        return work if peer.graphed else asking(peer.driver, step)
 
 
 def measure_models(contest: Contest, names: Sequence[str], size: int | None = None) -> None:

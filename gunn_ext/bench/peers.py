@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -109,6 +110,18 @@ def asking_for(driver: str | None) -> Iterator[None]:
                 del os.environ[DRIVER]
             else:
                 os.environ[DRIVER] = before
+
+
+def asking(driver: str | None, work: Callable[[], Any]) -> Callable[[], Any]:
+    """Work that asks for ``driver`` whenever it is called; work itself where None is asked for."""
+    if driver is None:
+        return work
+
+    def asked() -> None:
+        with asking_for(driver):
+            work()
+
+    return asked
 
 
 def served_driver(layer: StackedLayer, x: Tensor) -> str:
