@@ -45,16 +45,7 @@ struct Launcher {
 
 template <class Pointer>
 std::pair<Pointer, Pointer> norm_tensors(const UnitTensors<Pointer>& unit, Norm norm) {
-  switch (norm) {
-    case Norm::reduce:
-      return {unit.reduce_weight, unit.reduce_bias};
-    case Norm::shortcut:
-      return {unit.shortcut_weight, unit.shortcut_bias};
-    case Norm::spatial:
-      return {unit.spatial_weight, unit.spatial_bias};
-    default:
-      return {unit.project_weight, unit.project_bias};
-  }
+  return {norm_weight(unit, norm), norm_bias(unit, norm)};
 }
 
 // Calls work(norm, unit, its rows, number of their places in a table) for every batch norm of a layer.

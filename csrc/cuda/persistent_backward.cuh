@@ -43,15 +43,6 @@ struct BackwardTables : BlockTables<warps, fragments> {
   float slope[kMostRows], constant[kMostRows];
 };
 
-GUNN_DEVICE ColumnPlace backward_place(const Extents& extents, Kind kind, int column) {
-  const bool behind = kind == Kind::project && column >= extents.s();
-  const Norm norm = behind                  ? Norm::shortcut
-                    : kind == Kind::reduce  ? Norm::reduce
-                    : kind == Kind::spatial ? Norm::spatial
-                                            : Norm::project;
-  return place_of(extents, norm, behind ? column - extents.s() : column);
-}
-
 template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
 class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, true>;
@@ -361,7 +352,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     __syncthreads();
     const int mine = threadIdx.x;
     if (!chain_.exchanges || mine >= columns_of(kind)) return;
-    if (backward_place(chain_.extents, kind, mine).row < 0) return;
+    if (place_of(chain_.extents, kind, Kind::project, mine).row < 0) return;
     float sum = 0, product = 0;
     for (int warp = 0; warp < WARPS; ++warp) sum += tables_.a[warp][mine], product += tables_.b[warp][mine];
     this->send_pair(kind, mine, sum, product, epoch);
@@ -370,7 +361,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   GUNN_DEVICE void settle(Kind kind, unsigned epoch) {
     const int mine = threadIdx.x;
     if (mine < columns_of(kind)) {
-      const ColumnPlace place = backward_place(chain_.extents, kind, mine);
+      const ColumnPlace place = place_of(chain_.extents, kind, Kind::project, mine);
       float b = 0, c = 0;
       if (place.row >= 0 && chain_.exchanges) {
         this->receive_pair(kind, mine, epoch, &b, &c);
@@ -401,7 +392,7 @@ GUNN_DEVICE void combine_gradients(const BackwardChain<Precision>& chain) {
       const Kind kind = static_cast<Kind>(k);
       const int columns = 8 * (kind == Kind::project ? 2 * ST : KT);
       for (int column = warp.mine; column < columns; column += warp.all) {
-        const ColumnPlace place = backward_place(extents, kind, column);
+        const ColumnPlace place = place_of(extents, kind, Kind::project, column);
         if (place.row < 0) continue;  // padding
         const int64_t in_norm = static_cast<int64_t>(i) * extents.channels_of(place.norm) + place.channel;
         const int64_t at = static_cast<int64_t>(i) * extents.z_rows() + extents.z_row(place.norm, 0) + place.channel;

@@ -36,15 +36,6 @@ struct ForwardTables : BlockTables<warps, fragments> {
   alignas(16) float scale[2][kKinds][kMostColumns], shift[2][kKinds][kMostColumns];  // segments take turns
 };
 
-GUNN_DEVICE ColumnPlace forward_place(const Extents& extents, Kind kind, int column) {
-  const bool behind = kind == Kind::reduce && column >= extents.k();
-  const Norm norm = behind                  ? Norm::shortcut
-                    : kind == Kind::reduce  ? Norm::reduce
-                    : kind == Kind::spatial ? Norm::spatial
-                                            : Norm::project;
-  return place_of(extents, norm, behind ? column - extents.k() : column);
-}
-
 template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
 class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, false>;
@@ -156,9 +147,8 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     Base::fetch(kind, segment);
     if (!chain_.exchanges) {
       const Extents& extents = chain_.extents;
-      const Norm norm = kind == Kind::reduce ? Norm::reduce : kind == Kind::spatial ? Norm::spatial : Norm::project;
       const int columns = kind == Kind::reduce ? extents.reduce_columns(0) : columns_of(kind);
-      const int64_t from = static_cast<int64_t>(segment) * extents.z_rows() + extents.z_row(norm, 0);
+      const int64_t from = static_cast<int64_t>(segment) * extents.z_rows() + extents.z_row(norm_of(kind), 0);
       const int turn = segment % 2, k = static_cast<int>(kind);
       for (int column = 4 * threadIdx.x; column < columns; column += 4 * Base::kThreadCount) {
         copy_async<16>(tables_.scale[turn][k] + column, chain_.tables.scale + from + column);
@@ -281,7 +271,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     }
     __syncthreads();
     const int mine = threadIdx.x;
-    if (mine < 8 * tiles && forward_place(chain_.extents, kind, mine).row >= 0) {
+    if (mine < 8 * tiles && place_of(chain_.extents, kind, Kind::reduce, mine).row >= 0) {
       float mean = 0, squares = 0;
       const auto values = [&](int warp) { return static_cast<float>(max(0, min(count_ - warp * 16 * MT, 16 * MT))); };
       for (int warp = 0; warp < WARPS; ++warp) mean += values(warp) * tables_.a[warp][mine];
@@ -298,7 +288,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     const int mine = threadIdx.x, k = static_cast<int>(kind);
     if (chain_.exchanges && mine < columns_of(kind)) {
       float scale = 0, shift = 0;
-      if (forward_place(chain_.extents, kind, mine).row >= 0) {
+      if (place_of(chain_.extents, kind, Kind::reduce, mine).row >= 0) {
         this->receive_pair(kind, mine, epoch, &scale, &shift);
       }
       tables_.scale[segment % 2][k][mine] = scale, tables_.shift[segment % 2][k][mine] = shift;
@@ -360,7 +350,7 @@ GUNN_DEVICE void combine_statistics(const ForwardChain<Precision>& chain) {
     for (int k = 0; k < kKinds; ++k) {
       const int columns = 8 * (k == 0 ? KT + ST : k == 1 ? KT : ST);
       for (int column = warp.mine; column < columns; column += warp.all) {
-        const ColumnPlace place = forward_place(extents, static_cast<Kind>(k), column);
+        const ColumnPlace place = place_of(extents, static_cast<Kind>(k), Kind::reduce, column);
         if (place.row < 0) continue;  // nobody's column
         const int64_t in_norm = static_cast<int64_t>(i) * extents.channels_of(place.norm) + place.channel;
         const float weight = norm_weight(chain.unit, place.norm)[in_norm];  // read before the wait

@@ -28,6 +28,10 @@ enum class Kind { reduce, spatial, project };
 constexpr int kKinds = 3, kMostColumns = 64;
 constexpr int kMostBlocks = 256;  // of an exchange: as many words as a clerk's lanes take at once
 
+// The batch norm behind a kind's convolution.
+GUNN_DEVICE Norm norm_of(Kind kind) {
+  return kind == Kind::reduce ? Norm::reduce : kind == Kind::spatial ? Norm::spatial : Norm::project;
+}
 // The packed weights of a kind.
 __host__ GUNN_DEVICE Pack pack_of(Kind kind, bool transposed) {
   switch (kind) {
@@ -100,25 +104,15 @@ struct ColumnPlace {
   Norm norm;
   int channel, row;
 };
-GUNN_DEVICE ColumnPlace place_of(const Extents& extents, Norm norm, int channel) {
+// The shortcut's columns lie behind those of one kind.
+GUNN_DEVICE ColumnPlace place_of(const Extents& extents, Kind kind, Kind with_shortcut, int column) {
+  const Norm own = norm_of(kind);
+  const int columns = padded(extents.channels_of(own));
+  const bool behind = kind == with_shortcut && column >= columns;
+  const Norm norm = behind ? Norm::shortcut : own;
+  const int channel = behind ? column - columns : column;
   const bool real = channel < extents.channels_of(norm) && (norm != Norm::shortcut || extents.shortcut);
   return {norm, channel, real ? extents.row(norm, 0) + channel : -1};
-}
-
-// A batch norm's value in a tensor of parameters (P, channels).
-template <class Pointer>
-GUNN_DEVICE Pointer norm_weight(const UnitTensors<Pointer>& unit, Norm norm) {
-  return norm == Norm::reduce     ? unit.reduce_weight
-         : norm == Norm::shortcut ? unit.shortcut_weight
-         : norm == Norm::spatial  ? unit.spatial_weight
-                                  : unit.project_weight;
-}
-template <class Pointer>
-GUNN_DEVICE Pointer norm_bias(const UnitTensors<Pointer>& unit, Norm norm) {
-  return norm == Norm::reduce     ? unit.reduce_bias
-         : norm == Norm::shortcut ? unit.shortcut_bias
-         : norm == Norm::spatial  ? unit.spatial_bias
-                                  : unit.project_bias;
 }
 
 // Which warp of the clerks this is, and of how many.

@@ -6,6 +6,22 @@
 
 namespace gunn {
 
+// One batch norm's tensors (P, channels) among a unit's.
+template <class Pointer>
+__host__ GUNN_DEVICE Pointer norm_weight(const UnitTensors<Pointer>& unit, Norm norm) {
+  return norm == Norm::reduce     ? unit.reduce_weight
+         : norm == Norm::shortcut ? unit.shortcut_weight
+         : norm == Norm::spatial  ? unit.spatial_weight
+                                  : unit.project_weight;
+}
+template <class Pointer>
+__host__ GUNN_DEVICE Pointer norm_bias(const UnitTensors<Pointer>& unit, Norm norm) {
+  return norm == Norm::reduce     ? unit.reduce_bias
+         : norm == Norm::shortcut ? unit.shortcut_bias
+         : norm == Norm::spatial  ? unit.spatial_bias
+                                  : unit.project_bias;
+}
+
 template <class Wide>
 GUNN_DEVICE Wide inverse_deviation(Wide var, double eps) {
   return static_cast<Wide>(1.0 / sqrt(static_cast<double>(var) + eps));
