@@ -30,9 +30,20 @@ def parallel_however_small(monkeypatch):
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
+# Rows of two and of one and a half vectors' patches, blocks of 24, 12 and 4 rows, halves of vectors, odd heights.
+PATCHES = [
+    Case(40, 2, batch=1, height=5, width=40),
+    Case(24, 2, batch=2, height=9, width=56),
+    Case(20, 1, shortcut=False, batch=3, height=6, width=24),
+    Case(28, 2, batch=2, height=7, width=8),
+    Case(12, 2, batch=2, height=13, width=3),
+    Case(12, 2, expansion=3, batch=2, height=4, width=100),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES + PATCHES, ids=str)
 def test_awkward_shapes(case, mode, dtype):
     def ours(values):
         with threads(2):
@@ -530,6 +541,8 @@ for dtype in (torch.float32, torch.float64):
     for case in (
         Case(24, 2, batch=2, height=8, width=8),
         Case(24, 2, batch=1, height=3, width=33),
+        Case(40, 2, batch=1, height=6, width=20),
+        Case(12, 2, batch=2, height=6, width=3),
         Case(15, 3, units=2, shortcut=False, batch=2, height=5, width=7),
         Case(6, 6, expansion=3, residual=False, batch=2, height=4, width=6),
     ):

@@ -106,7 +106,7 @@ class BackwardPass {
 
   struct Own {
     Scratch<Scalar> scratch;
-    PaddedImage<Scalar> padded;  // dz2 for the transposed convolution
+    Convolution<Scalar> transposed;  // of dz2
     GradientSums<Scalar> sums;
     Slope<Scalar> slope;      // of the exchange just settled
     Scalar* gradient;         // rows of one tile
@@ -116,7 +116,7 @@ class BackwardPass {
     Scalar* weights[2];       // gradients of the weights, for even and odd segments
 
     Own(const LayerShape& shape, const Geometry<Scalar>& geometry)
-        : scratch(shape, geometry), padded(geometry, shape.hidden()) {}
+        : scratch(shape, geometry), transposed(geometry, shape.hidden()) {}
   };
 
   BackwardPass(const LayerShape& shape, const Options& options)
@@ -126,7 +126,7 @@ class BackwardPass {
     const auto& geometry = stages_.geometry;
     const int64_t k = shape_.hidden(), s = shape_.segment();
     own.scratch.take(shape_, arena);
-    own.padded.data = arena.take<Scalar>(own.padded.size());
+    own.transposed.take(arena);
     own.sums.take(arena, k + 2 * s);
     own.slope.take(arena, k + 2 * s, options_.batch_statistics);
     own.gradient = arena.take<Scalar>((k + s) * T);
@@ -212,8 +212,8 @@ class BackwardPass {
       pack_rows(to, n, stages_.reduce_rows(m), part, parts,
                 [&](int64_t r, int64_t c) { return c < k ? reduce[c * n + r] : shortcut[(c - k) * n + r]; });
       const Scalar* spatial = unit.spatial + i * k * k * 9;
-      pack_rows(to + stages_.packed_layout.unit[kind][1], k, k * 9, part, parts,
-                [&](int64_t r, int64_t c) { return spatial[((c / 9) * k + r) * 9 + 8 - c % 9]; });
+      Convolution<Scalar>::pack(stages_.geometry, to + stages_.packed_layout.unit[kind][1], k, part, parts,
+                                [&](int64_t r, int64_t c, int64_t tap) { return spatial[(c * k + r) * 9 + 8 - tap]; });
       const Scalar* project = unit.project + i * s * k;
       pack_rows(to + stages_.packed_layout.unit[kind][2], k, s, part, parts,
                 [&](int64_t r, int64_t c) { return project[c * k + r]; });
@@ -224,7 +224,8 @@ class BackwardPass {
     if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);
     for (int thread = team.index; thread < options_.threads; thread += team.size) {
       const Own mine = own(thread);
-      for (int64_t j = 0; j < mine.padded.size(); ++j) mine.scratch.padded.data[j] = mine.padded.data[j] = 0;
+      mine.scratch.convolution.clear();
+      mine.transposed.clear();
       for (int64_t j = 0; j < hidden_pixels_size(); ++j) mine.hidden_pixels[j] = 0;
       // Lanes beyond the channels are multiplied though nobody reads them: zeros are faster than denormals or NaN.
       for (int64_t j = 0; j < input_pixels_size(); ++j) mine.input_pixels[j] = 0;
@@ -427,7 +428,10 @@ class BackwardPass {
       for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
         batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.spatial_tile(i, m, image, tile),
                                     affine.mean + stages_.spatial_row(m), mine.slope, 0, k, mask(tile), mine.gradient);
-        stages_.put_tile(mine.padded, tile, mine.gradient);
+        for (int64_t c = 0; c < k; ++c) {
+          const Scalar* dz = mine.gradient + c * T;
+          mine.transposed.put(tile, c, load<Scalar>(dz), load<Scalar>(dz + L));
+        }
         if (!options_.need_parameters) continue;
         transpose_tile<Scalar>(mine.gradient, k,
                                [&](int64_t pixel) { return mine.gradient_pixels + (tile * T + pixel) * k; });
@@ -446,14 +450,15 @@ class BackwardPass {
                              gradients_.spatial_lanes);
         }
       }
-      for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-        Scalar* d1 = hidden_tile(image, tile);
-        const Scalar* z1 = stages_.reduce_tile(i, m, image, tile);
-        conv3x3_rows<Scalar>(geometry, mine.padded, w, k, tile, d1);
-        activate_backward<Scalar>(d1, z1, norm, k, mask(tile));
-        sums.add(0, d1, z1, norm.mean, k);
-        sums.finish_tile(k);
-      }
+      mine.transposed.run(
+          w, k, [&](int64_t tile) { return hidden_tile(image, tile); },
+          [&](int64_t tile) {
+            Scalar* d1 = hidden_tile(image, tile);
+            const Scalar* z1 = stages_.reduce_tile(i, m, image, tile);
+            activate_backward<Scalar>(d1, z1, norm, k, mask(tile));
+            sums.add(0, d1, z1, norm.mean, k);
+            sums.finish_tile(k);
+          });
     }
     post(team, 2, sums, k);
   }

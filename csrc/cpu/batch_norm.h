@@ -181,19 +181,29 @@ GUNN_NOINLINE void batch_norm_backward(const Scalar* d, const Scalar* z, const S
   }
 }
 
-// out = relu(z * scale + shift) for `rows` rows of one tile, zero at padding pixels.
+// Calls visit(row, first vector, second vector) with relu(z * scale + shift) of one tile, zero at padding pixels.
+template <class Scalar, class Visit>
+GUNN_INLINE void for_activated(const Scalar* z, const Affine<Scalar>& affine, int64_t rows,
+                               const typename Simd<Scalar>::Int* mask, const Visit& visit) {
+  constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+  const Mask<Scalar> inside[2] = {load_mask<Scalar>(mask), load_mask<Scalar>(mask + L)};
+  for (int64_t r = 0; r < rows; ++r) {
+    Vector<Scalar> h[2];
+    GUNN_UNROLL for (int v = 0; v < 2; ++v) {
+      h[v] = relu<Scalar>(load<Scalar>(z + r * T + v * L) * affine.scale[r] + affine.shift[r]);
+      h[v] = keep<Scalar>(h[v], inside[v]);
+    }
+    visit(r, h[0], h[1]);
+  }
+}
 template <class Scalar>
 GUNN_NOINLINE void activate(const Scalar* z, const Affine<Scalar>& affine, int64_t rows,
                             const typename Simd<Scalar>::Int* mask, Scalar* out) {
   constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
-  for (int64_t v = 0; v < 2; ++v) {
-    const Mask<Scalar> inside = load_mask<Scalar>(mask + v * L);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * T + v * L;
-      const Vector<Scalar> h = relu<Scalar>(load<Scalar>(z + at) * affine.scale[r] + affine.shift[r]);
-      store<Scalar>(out + at, keep<Scalar>(h, inside));
-    }
-  }
+  for_activated<Scalar>(z, affine, rows, mask, [&](int64_t r, Vector<Scalar> first, Vector<Scalar> second) {
+    store<Scalar>(out + r * T, first);
+    store<Scalar>(out + r * T + L, second);
+  });
 }
 
 // d, in place: through the ReLU that follows z * scale + shift; zero at padding pixels.

@@ -126,8 +126,7 @@ class ForwardPass {
   void begin(const Team& team) const {
     if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);
     for (int thread = team.index; thread < options_.threads; thread += team.size) {
-      const auto padded = own(thread).padded;
-      for (int64_t j = 0; j < padded.size(); ++j) padded.data[j] = 0;
+      own(thread).convolution.clear();
     }
     if (by_image()) {
       for (int64_t i = 0; i < shape_.segments; ++i) pack(i, team.index, team.size);
@@ -163,10 +162,14 @@ class ForwardPass {
       for (int64_t m = 0; m < shape_.units; ++m) {
         for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
           stages_.reduce_tile_stage(i, m, slot, tile, stages_.packed(packed(i), m, 0), nullptr);
+          stages_.put_hidden(i, m, slot, tile, affine, mine.convolution);
         }
-        stages_.spatial(i, m, slot, stages_.packed(packed(i), m, 1), affine, mine, nullptr);
-        stages_.project(i, m, slot, stages_.packed(packed(i), m, 2), affine, mine, nullptr);
-        stages_.emit(i, m, slot, affine);
+        // The rest tile by tile, while z2 is in the first cache.
+        const Scalar* w = stages_.packed(packed(i), m, 2);
+        stages_.convolve(i, m, slot, stages_.packed(packed(i), m, 1), mine.convolution, [&](int64_t tile) {
+          stages_.project_tile_stage(i, m, slot, tile, w, affine, mine, nullptr);
+          stages_.emit_tile(i, m, slot, tile, affine);
+        });
       }
     }
     store_image(image, slot);

@@ -20,12 +20,15 @@ struct Rows {
   static constexpr int value = R;
 };
 
-// Calls visit(Rows<R>, first row) for blocks that cover `rows`: full blocks first, then the rest in powers of two.
-template <class Visit>
+// Calls visit(Rows<R>, first row) for blocks that cover `rows`: blocks of `most` first, then the rest in smaller ones.
+template <int most = kBlockRows, class Visit>
 GUNN_INLINE void for_row_blocks(int64_t rows, Visit visit) {
   int64_t r = 0;
-  for (; rows - r >= kBlockRows; r += kBlockRows) visit(Rows<kBlockRows>(), r);
-  if constexpr (kBlockRows > 8) {
+  for (; rows - r >= most; r += most) visit(Rows<most>(), r);
+  if constexpr (most > 12) {
+    if (rows - r >= 12) visit(Rows<12>(), r), r += 12;
+  }
+  if constexpr (most > 8) {
     if (rows - r >= 8) visit(Rows<8>(), r), r += 8;
   }
   if (rows - r >= 4) visit(Rows<4>(), r), r += 4;

@@ -101,12 +101,14 @@ GUNN_INLINE Vector<Scalar> join(typename Simd<Scalar>::Half low, typename Simd<S
   return Vector<Scalar>{(I < half ? low[I % half] : high[I % half])...};
 #endif
 }
+// Stores lanes I only.
 template <class Scalar, size_t... I>
-GUNN_INLINE typename Simd<Scalar>::Half part(Vector<Scalar> v, std::index_sequence<I...>) {
+GUNN_INLINE void store_lanes(Scalar* p, Vector<Scalar> v, std::index_sequence<I...>) {
+  typedef Scalar Part __attribute__((vector_size(sizeof...(I) * sizeof(Scalar)), aligned(alignof(Scalar)), may_alias));
 #ifdef GUNN_HAS_SHUFFLE
-  return __builtin_shufflevector(v, v, I...);
+  *reinterpret_cast<Part*>(p) = __builtin_shufflevector(v, v, I...);
 #else
-  return typename Simd<Scalar>::Half{v[I]...};
+  *reinterpret_cast<Part*>(p) = Part{v[I]...};
 #endif
 }
 template <size_t Offset, size_t... I>
@@ -121,10 +123,56 @@ GUNN_INLINE Vector<Scalar> load_halves(const Scalar* p, int64_t step) {
 }
 template <class Scalar>
 GUNN_INLINE void store_halves(Scalar* p, int64_t step, Vector<Scalar> v) {
-  using Half = typename Simd<Scalar>::Half;
-  using Low = std::make_index_sequence<Simd<Scalar>::half>;
-  *reinterpret_cast<Half*>(p) = part<Scalar>(v, Low());
-  *reinterpret_cast<Half*>(p + step) = part<Scalar>(v, decltype(offset_by<Simd<Scalar>::half>(Low()))());
+  constexpr int half = Simd<Scalar>::half;
+  store_lanes<Scalar>(p, v, std::make_index_sequence<half>());
+  store_lanes<Scalar>(p + step, v, decltype(offset_by<half>(std::make_index_sequence<half>()))());
+}
+template <size_t Factor, size_t... I>
+constexpr std::index_sequence<(Factor * I)...> times(std::index_sequence<I...>);
+
+// Even lanes to p, odd ones to p + step.
+template <class Scalar>
+GUNN_INLINE void store_columns(Scalar* p, int64_t step, Vector<Scalar> v) {
+  using Even = decltype(times<2>(std::make_index_sequence<Simd<Scalar>::half>()));
+  store_lanes<Scalar>(p, v, Even());
+  store_lanes<Scalar>(p + step, v, decltype(offset_by<1>(Even()))());
+}
+// The same for each half of v, the second one's to p + half_step.
+template <class Scalar>
+GUNN_INLINE void store_columns_of_halves(Scalar* p, int64_t step, int64_t half_step, Vector<Scalar> v) {
+  if constexpr (Simd<Scalar>::lanes >= 8) {
+    constexpr int half = Simd<Scalar>::half;
+    using Even = decltype(times<2>(std::make_index_sequence<half / 2>()));
+    store_lanes<Scalar>(p, v, Even());
+    store_lanes<Scalar>(p + step, v, decltype(offset_by<1>(Even()))());
+    store_lanes<Scalar>(p + half_step, v, decltype(offset_by<half>(Even()))());
+    store_lanes<Scalar>(p + half_step + step, v, decltype(offset_by<half + 1>(Even()))());
+  }
+}
+
+// Lanes I of the 2 * lanes that `low` and `high` have together.
+template <class Scalar, size_t... I>
+GUNN_INLINE Vector<Scalar> pick(Vector<Scalar> low, Vector<Scalar> high, std::index_sequence<I...>) {
+#ifdef GUNN_HAS_SHUFFLE
+  return __builtin_shufflevector(low, high, I...);
+#else
+  constexpr int lanes = Simd<Scalar>::lanes;
+  return Vector<Scalar>{(I < lanes ? low[I % lanes] : high[I % lanes])...};
+#endif
+}
+template <int lanes, size_t... I>
+constexpr std::index_sequence<(I / 2 + I % 2 * lanes)...> zipped(std::index_sequence<I...>);
+
+// Even and odd lanes taken in turn from `even` and `odd`: of the first and of the second half of both.
+template <class Scalar>
+GUNN_INLINE Vector<Scalar> zip_low(Vector<Scalar> even, Vector<Scalar> odd) {
+  constexpr int lanes = Simd<Scalar>::lanes;
+  return pick<Scalar>(even, odd, decltype(zipped<lanes>(std::make_index_sequence<lanes>()))());
+}
+template <class Scalar>
+GUNN_INLINE Vector<Scalar> zip_high(Vector<Scalar> even, Vector<Scalar> odd) {
+  constexpr int lanes = Simd<Scalar>::lanes;
+  return pick<Scalar>(even, odd, decltype(offset_by<lanes / 2>(zipped<lanes>(std::make_index_sequence<lanes>())))());
 }
 
 // Transposes 4 rows of 4 neighbouring elements into 4 destinations: to[j][i] = rows[i][j].

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cpu/batch_norm.h"
-#include "cpu/conv3x3.h"
+#include "cpu/convolution.h"
 #include "cpu/gemm.h"
 #include "cpu/team.h"
 #include "cpu/tiles.h"
@@ -23,11 +23,12 @@ struct PackedLayout {
   int64_t unit[2][3] = {};  // [first unit or a later one][reduce, spatial, project], from the start of the unit
   int64_t unit_size[2] = {};
 
-  explicit PackedLayout(const LayerShape& shape) {
+  // A 3x3 weight is packed as `values_of_weight` numbers.
+  PackedLayout(const LayerShape& shape, int64_t values_of_weight) {
     const int64_t k = shape.hidden(), s = shape.segment();
     for (int64_t m = 0; m < 2; ++m) {
       unit[m][1] = shape.inputs(m) * (k + (shape.projects(m) ? s : 0));
-      unit[m][2] = unit[m][1] + k * k * 9;
+      unit[m][2] = unit[m][1] + k * k * values_of_weight;
       unit_size[m] = round_up(unit[m][2] + s * k, 16);
     }
   }
@@ -51,13 +52,13 @@ struct PreActivations {
 // What one thread needs for itself.
 template <class Scalar>
 struct Scratch {
-  PaddedImage<Scalar> padded;
+  Convolution<Scalar> convolution;
   Scalar* hidden;  // k rows of one tile
   Affine<Scalar> affine;
 
-  Scratch(const LayerShape& shape, const Geometry<Scalar>& geometry) : padded(geometry, shape.hidden()) {}
+  Scratch(const LayerShape& shape, const Geometry<Scalar>& geometry) : convolution(geometry, shape.hidden()) {}
   void take(const LayerShape& shape, Arena& arena) {
-    padded.data = arena.take<Scalar>(padded.size());
+    convolution.take(arena);
     hidden = arena.take<Scalar>(shape.hidden() * Simd<Scalar>::tile);
     affine.take(arena, shape.rows());
   }
@@ -79,7 +80,10 @@ struct Stages {
   PreActivations<Scalar> z;
 
   Stages(const LayerShape& shape_, const UnitTensors<const Scalar*>* parameters_)
-      : shape(shape_), parameters(parameters_), geometry(shape_), packed_layout(shape_) {}
+      : shape(shape_),
+        parameters(parameters_),
+        geometry(shape_),
+        packed_layout(shape_, Convolution<Scalar>::values_of_weight(geometry, shape_.hidden())) {}
 
   void take(Arena& arena, int64_t slots_) {
     slots = slots_;
@@ -132,8 +136,8 @@ struct Stages {
       pack_rows(to, reduce_rows(m), n, part, parts,
                 [&](int64_t r, int64_t c) { return r < k ? reduce[r * n + c] : shortcut[(r - k) * n + c]; });
       const Scalar* spatial = unit.spatial + i * k * k * 9;
-      pack_rows(to + packed_layout.unit[kind][1], k, k * 9, part, parts,
-                [&](int64_t r, int64_t c) { return spatial[r * k * 9 + c]; });
+      Convolution<Scalar>::pack(geometry, to + packed_layout.unit[kind][1], k, part, parts,
+                                [&](int64_t r, int64_t c, int64_t tap) { return spatial[(r * k + c) * 9 + tap]; });
       const Scalar* project = unit.project + i * s * k;
       pack_rows(to + packed_layout.unit[kind][2], s, k, part, parts,
                 [&](int64_t r, int64_t c) { return project[r * k + c]; });
@@ -208,38 +212,42 @@ struct Stages {
     if (moments) moments->add(z1, rows, mask + tile * T);
   }
 
+  // relu(bn(z1)) of one tile, for the 3x3 convolution.
+  void put_hidden(int64_t i, int64_t m, int64_t slot, int64_t tile, const Affine<Scalar>& affine,
+                  const Convolution<Scalar>& convolution) const {
+    for_activated<Scalar>(
+        reduce_tile(i, m, slot, tile), affine.at(reduce_row(m)), shape.hidden(), mask + tile * T,
+        [&](int64_t c, Vector<Scalar> first, Vector<Scalar> second) { convolution.put(tile, c, first, second); });
+  }
+
+  // z2 of a whole image whose hidden tiles are put; done(tile) follows where a tile is ready.
+  template <class Done>
+  void convolve(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Convolution<Scalar>& convolution,
+                const Done& done) const {
+    convolution.run(w, shape.hidden(), [&](int64_t tile) { return spatial_tile(i, m, slot, tile); }, done);
+  }
+
   void spatial(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
                const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
-    const int64_t k = shape.hidden();
-    const Affine<Scalar> norm = affine.at(reduce_row(m));
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-      activate<Scalar>(reduce_tile(i, m, slot, tile), norm, k, mask + tile * T, scratch.hidden);
-      put_tile(scratch.padded, tile, scratch.hidden);
-    }
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-      Scalar* z2 = spatial_tile(i, m, slot, tile);
-      conv3x3_rows<Scalar>(geometry, scratch.padded, w, k, tile, z2);
-      if (moments) moments->add(z2, k, mask + tile * T);
-    }
+    for (int64_t tile = 0; tile < geometry.tiles; ++tile) put_hidden(i, m, slot, tile, affine, scratch.convolution);
+    convolve(i, m, slot, w, scratch.convolution, [&](int64_t tile) {
+      if (moments) moments->add(spatial_tile(i, m, slot, tile), shape.hidden(), mask + tile * T);
+    });
   }
 
+  void project_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Scalar* w,
+                          const Affine<Scalar>& affine, const Scratch<Scalar>& scratch,
+                          const Moments<Scalar>* moments) const {
+    const int64_t k = shape.hidden(), s = shape.segment();
+    Scalar* z3 = project_tile(i, m, slot, tile);
+    activate<Scalar>(spatial_tile(i, m, slot, tile), affine.at(spatial_row(m)), k, mask + tile * T, scratch.hidden);
+    gemm_rows<Scalar, Into::store>(w, s, scratch.hidden, k, z3);
+    if (moments) moments->add(z3, s, mask + tile * T);
+  }
   void project(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
                const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
-    const int64_t k = shape.hidden(), s = shape.segment();
-    const Affine<Scalar> norm = affine.at(spatial_row(m));
     for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-      Scalar* z3 = project_tile(i, m, slot, tile);
-      activate<Scalar>(spatial_tile(i, m, slot, tile), norm, k, mask + tile * T, scratch.hidden);
-      gemm_rows<Scalar, Into::store>(w, s, scratch.hidden, k, z3);
-      if (moments) moments->add(z3, s, mask + tile * T);
-    }
-  }
-
-  // One tile of all channels into the padded image.
-  void put_tile(const PaddedImage<Scalar>& padded, int64_t tile, const Scalar* from) const {
-    for (int64_t c = 0; c < padded.channels; ++c) {
-      padded.put(geometry, tile * T, c, load<Scalar>(from + c * T));
-      padded.put(geometry, tile * T + L, c, load<Scalar>(from + c * T + L));
+      project_tile_stage(i, m, slot, tile, w, affine, scratch, moments);
     }
   }
 };

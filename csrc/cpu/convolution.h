@@ -1,0 +1,84 @@
+// The 3x3 convolution of one image by whichever form suits its size: Winograd's (winograd.h) or the direct one.
+#pragma once
+
+#include "cpu/conv3x3.h"
+#include "cpu/winograd.h"
+
+namespace gunn {
+namespace {
+
+template <class Scalar>
+struct Convolution {
+  static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+
+  Geometry<Scalar> geometry;
+  bool winograd;
+  PaddedImage<Scalar> padded;
+  WinogradImage<Scalar> patches;
+
+  Convolution(const Geometry<Scalar>& geometry_, int64_t channels)
+      : geometry(geometry_),
+        winograd(WinogradImage<Scalar>::suits(geometry_, channels)),
+        padded(geometry_, channels),
+        patches(geometry_, channels) {}
+
+  void take(Arena& arena) {
+    if (winograd) {
+      patches.take(arena);
+    } else {
+      padded.data = arena.take<Scalar>(padded.size());
+    }
+  }
+  // Before the first image: what is never put stays zero.
+  void clear() const {
+    if (winograd) return patches.clear();
+    for (int64_t j = 0; j < padded.size(); ++j) padded.data[j] = 0;
+  }
+
+  // Values for one weight of the kernel, where it is packed.
+  static int64_t values_of_weight(const Geometry<Scalar>& geometry, int64_t channels) {
+    return WinogradImage<Scalar>::suits(geometry, channels) ? 16 : 9;
+  }
+  // This part's share of packing value(row, channel, tap) for as many rows as channels.
+  template <class Value>
+  static void pack(const Geometry<Scalar>& geometry, Scalar* dst, int64_t channels, int64_t part, int64_t parts,
+                   const Value& value) {
+    if (WinogradImage<Scalar>::suits(geometry, channels)) {
+      WinogradImage<Scalar>::pack(dst, channels, channels, part, parts, value);
+    } else {
+      pack_rows(dst, channels, channels * 9, part, parts, [&](int64_t r, int64_t c) { return value(r, c / 9, c % 9); });
+    }
+  }
+
+  // Channel c of a tile, both vectors; zero at padding pixels.
+  GUNN_INLINE void put(int64_t tile, int64_t c, Vector<Scalar> first, Vector<Scalar> second) const {
+    if (winograd) {
+      patches.put(tile * T, c, first);
+      patches.put(tile * T + L, c, second);
+    } else {
+      padded.put(geometry, tile * T, c, first);
+      padded.put(geometry, tile * T + L, c, second);
+    }
+  }
+
+  // All rows of the output, a group of tiles at a time: out(tile) is where a tile's go, done(tile) follows when they
+  // are there. Padding pixels come out as garbage; whoever reads them masks.
+  template <class Out, class Done>
+  GUNN_INLINE void run(const Scalar* w, int64_t rows, const Out& out, const Done& done) const {
+    if (!winograd) {
+      for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+        conv3x3_rows<Scalar>(geometry, padded, w, rows, tile, out(tile));
+        done(tile);
+      }
+      return;
+    }
+    const int64_t step = patches.tiles_of_group();
+    for (int64_t group = 0; group < patches.groups; ++group) {
+      patches.convolve(group, w, rows, out);
+      for (int64_t tile = group * step; tile < smaller((group + 1) * step, geometry.tiles); ++tile) done(tile);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace gunn
