@@ -209,14 +209,13 @@ class BackwardPass {
       const int64_t n = shape_.inputs(m), kind = m > 0;
       Scalar* to = transposed(i) + stages_.packed_layout.at(m);
       const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
-      pack_rows(to, n, stages_.reduce_rows(m), part, parts,
-                [&](int64_t r, int64_t c) { return c < k ? reduce[c * n + r] : shortcut[(c - k) * n + r]; });
-      const Scalar* spatial = unit.spatial + i * k * k * 9;
-      Convolution<Scalar>::pack(stages_.geometry, to + stages_.packed_layout.unit[kind][1], k, part, parts,
-                                [&](int64_t r, int64_t c, int64_t tap) { return spatial[(c * k + r) * 9 + 8 - tap]; });
+      pack_columns(to, n, stages_.reduce_rows(m), part, parts,
+                   [&](int64_t c) { return c < k ? reduce + c * n : shortcut + (c - k) * n; });
+      Convolution<Scalar>::pack(stages_.geometry, to + stages_.packed_layout.unit[kind][1],
+                                unit.spatial + i * k * k * 9, k, true, part, parts);
       const Scalar* project = unit.project + i * s * k;
-      pack_rows(to + stages_.packed_layout.unit[kind][2], k, s, part, parts,
-                [&](int64_t r, int64_t c) { return project[c * k + r]; });
+      pack_columns(to + stages_.packed_layout.unit[kind][2], k, s, part, parts,
+                   [&](int64_t c) { return project + c * k; });
     }
   }
 

@@ -41,6 +41,22 @@ struct PaddedImage {
   }
 };
 
+// This part's share of packing kernel(row, channel)[tap], with the taps in reverse where `reversed`.
+template <class Scalar, class Kernel>
+GUNN_INLINE void pack_taps(Scalar* dst, int64_t rows, int64_t channels, bool reversed, int64_t part, int64_t parts,
+                           const Kernel& kernel) {
+  for_row_blocks(rows, [&](auto block, int64_t r) {
+    constexpr int R = decltype(block)::value;
+    for (int64_t c = channels * part / parts; c < channels * (part + 1) / parts; ++c) {
+      Scalar* to = dst + (r * channels + c * R) * 9;
+      for (int j = 0; j < R; ++j) {
+        const Scalar* from = kernel(r + j, c);
+        for (int tap = 0; tap < 9; ++tap) to[tap * R + j] = from[reversed ? 8 - tap : tap];
+      }
+    }
+  });
+}
+
 template <class Scalar, int R, bool halves>
 GUNN_NOINLINE void conv3x3_block(const PaddedImage<Scalar>& image, const Scalar* w, int64_t offset0, int64_t offset1,
                                  Scalar* out) {

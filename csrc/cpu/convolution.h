@@ -39,14 +39,17 @@ struct Convolution {
   static int64_t values_of_weight(const Geometry<Scalar>& geometry, int64_t channels) {
     return WinogradImage<Scalar>::suits(geometry, channels) ? 16 : 9;
   }
-  // This part's share of packing value(row, channel, tap) for as many rows as channels.
-  template <class Value>
-  static void pack(const Geometry<Scalar>& geometry, Scalar* dst, int64_t channels, int64_t part, int64_t parts,
-                   const Value& value) {
+  // This part's share of packing weights (row, channel, 3, 3), as many rows as channels: for the convolution itself, or
+  // `transposed` for its input gradient, whose rows are channels and whose taps are turned round.
+  static void pack(const Geometry<Scalar>& geometry, Scalar* dst, const Scalar* weights, int64_t channels,
+                   bool transposed, int64_t part, int64_t parts) {
+    const auto kernel = [&](int64_t r, int64_t c) {
+      return weights + (transposed ? c * channels + r : r * channels + c) * 9;
+    };
     if (WinogradImage<Scalar>::suits(geometry, channels)) {
-      WinogradImage<Scalar>::pack(dst, channels, channels, part, parts, value);
+      WinogradImage<Scalar>::pack(dst, channels, channels, transposed, part, parts, kernel);
     } else {
-      pack_rows(dst, channels, channels * 9, part, parts, [&](int64_t r, int64_t c) { return value(r, c / 9, c % 9); });
+      pack_taps(dst, channels, channels, transposed, part, parts, kernel);
     }
   }
 

@@ -129,8 +129,8 @@ class ForwardPass {
       own(thread).convolution.clear();
     }
     if (by_image()) {
-      for (int64_t i = 0; i < shape_.segments; ++i) pack(i, team.index, team.size);
       for (int64_t i = team.begin(shape_.segments); i < team.end(shape_.segments); ++i) {
+        pack(i, 0, 1);
         for (int64_t row = 0; row < shape_.rows(); ++row) {
           stages_.set_affine(table_.at(i * shape_.rows()), i, row, mean(i, row), var(i, row), options_.eps);
         }

@@ -36,16 +36,45 @@ GUNN_INLINE void for_row_blocks(int64_t rows, Visit visit) {
   if (rows - r >= 1) visit(Rows<1>(), r);
 }
 
-// Packs value(row, c) as [block][c][R]; a block that begins at row r begins at dst + r * inner.
-template <class Scalar, class Value>
-GUNN_INLINE void pack_rows(Scalar* dst, int64_t rows, int64_t inner, int64_t part, int64_t parts, Value value) {
-  int64_t task = 0;
+// Packing of weights as [block][c][R]: a block that begins at row r begins at dst + r * inner. Each of `parts` parts
+// packs its share of every block.
+
+// Weight (r, c) is row(r)[c].
+template <class Scalar, class Row>
+GUNN_INLINE void pack_rows(Scalar* dst, int64_t rows, int64_t inner, int64_t part, int64_t parts, const Row& row) {
+  const int64_t begin = inner * part / parts, end = inner * (part + 1) / parts;
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
-    if (task++ % parts != part) return;
     Scalar* to = dst + r * inner;
-    for (int64_t c = 0; c < inner; ++c) {
-      for (int j = 0; j < R; ++j) to[c * R + j] = value(r + j, c);
+    const Scalar* from[R];
+    for (int j = 0; j < R; ++j) from[j] = row(r + j);
+    int64_t c = begin;
+    for (; c + 4 <= end; c += 4) {
+      GUNN_UNROLL for (int j = 0; j + 4 <= R; j += 4) {
+        transpose_4x4<Scalar>({from[j] + c, from[j + 1] + c, from[j + 2] + c, from[j + 3] + c},
+                              {to + c * R + j, to + (c + 1) * R + j, to + (c + 2) * R + j, to + (c + 3) * R + j});
+      }
+      for (int j = R / 4 * 4; j < R; ++j) {
+        for (int64_t next = c; next < c + 4; ++next) to[next * R + j] = from[j][next];
+      }
+    }
+    for (; c < end; ++c) {
+      for (int j = 0; j < R; ++j) to[c * R + j] = from[j][c];
+    }
+  });
+}
+
+// Weight (r, c) is column(c)[r].
+template <class Scalar, class Column>
+GUNN_INLINE void pack_columns(Scalar* dst, int64_t rows, int64_t inner, int64_t part, int64_t parts,
+                              const Column& column) {
+  const int64_t begin = inner * part / parts, end = inner * (part + 1) / parts;
+  for_row_blocks(rows, [&](auto block, int64_t r) {
+    constexpr int R = decltype(block)::value;
+    for (int64_t c = begin; c < end; ++c) {
+      const Scalar* from = column(c) + r;
+      Scalar* to = dst + r * inner + c * R;
+      GUNN_UNROLL for (int j = 0; j < R; ++j) to[j] = from[j];
     }
   });
 }

@@ -175,13 +175,13 @@ GUNN_INLINE Vector<Scalar> zip_high(Vector<Scalar> even, Vector<Scalar> odd) {
   return pick<Scalar>(even, odd, decltype(offset_by<lanes / 2>(zipped<lanes>(std::make_index_sequence<lanes>())))());
 }
 
-// Transposes 4 rows of 4 neighbouring elements into 4 destinations: to[j][i] = rows[i][j].
+// Transposes 4 rows of 4 neighbouring elements: to[j][i] = from[i][j].
 template <class Scalar>
-GUNN_INLINE void transpose_4x4(const Scalar* from, int64_t step, Scalar* const (&to)[4]) {
+GUNN_INLINE void transpose_4x4(const Scalar* const (&from)[4], Scalar* const (&to)[4]) {
   using Quad = typename Simd<Scalar>::Quad;
 #ifdef GUNN_HAS_SHUFFLE
-  const Quad a = *reinterpret_cast<const Quad*>(from), b = *reinterpret_cast<const Quad*>(from + step);
-  const Quad c = *reinterpret_cast<const Quad*>(from + 2 * step), d = *reinterpret_cast<const Quad*>(from + 3 * step);
+  const auto quad = [&](int i) { return *reinterpret_cast<const Quad*>(from[i]); };
+  const Quad a = quad(0), b = quad(1), c = quad(2), d = quad(3);
   const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
   const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
   *reinterpret_cast<Quad*>(to[0]) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
@@ -190,7 +190,7 @@ GUNN_INLINE void transpose_4x4(const Scalar* from, int64_t step, Scalar* const (
   *reinterpret_cast<Quad*>(to[3]) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
 #else
   GUNN_UNROLL for (int j = 0; j < 4; ++j) {
-    *reinterpret_cast<Quad*>(to[j]) = Quad{from[j], from[step + j], from[2 * step + j], from[3 * step + j]};
+    *reinterpret_cast<Quad*>(to[j]) = Quad{from[0][j], from[1][j], from[2][j], from[3][j]};
   }
 #endif
 }

@@ -134,13 +134,11 @@ struct Stages {
       Scalar* to = dst + packed_layout.at(m);
       const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
       pack_rows(to, reduce_rows(m), n, part, parts,
-                [&](int64_t r, int64_t c) { return r < k ? reduce[r * n + c] : shortcut[(r - k) * n + c]; });
-      const Scalar* spatial = unit.spatial + i * k * k * 9;
-      Convolution<Scalar>::pack(geometry, to + packed_layout.unit[kind][1], k, part, parts,
-                                [&](int64_t r, int64_t c, int64_t tap) { return spatial[(r * k + c) * 9 + tap]; });
+                [&](int64_t r) { return r < k ? reduce + r * n : shortcut + (r - k) * n; });
+      Convolution<Scalar>::pack(geometry, to + packed_layout.unit[kind][1], unit.spatial + i * k * k * 9, k, false,
+                                part, parts);
       const Scalar* project = unit.project + i * s * k;
-      pack_rows(to + packed_layout.unit[kind][2], s, k, part, parts,
-                [&](int64_t r, int64_t c) { return project[r * k + c]; });
+      pack_rows(to + packed_layout.unit[kind][2], s, k, part, parts, [&](int64_t r) { return project + r * k; });
     }
   }
   const Scalar* packed(const Scalar* segment, int64_t m, int64_t stage) const {

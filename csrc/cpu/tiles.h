@@ -119,8 +119,9 @@ GUNN_INLINE void transpose_tile(const Scalar* from, int64_t rows, To to) {
   for (int64_t pixel = 0; pixel < T; pixel += 4) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
-      Scalar* const into[4] = {to(pixel) + r, to(pixel + 1) + r, to(pixel + 2) + r, to(pixel + 3) + r};
-      transpose_4x4<Scalar>(from + r * T + pixel, T, into);
+      const Scalar* row = from + r * T + pixel;
+      transpose_4x4<Scalar>({row, row + T, row + 2 * T, row + 3 * T},
+                            {to(pixel) + r, to(pixel + 1) + r, to(pixel + 2) + r, to(pixel + 3) + r});
     }
     for (; r < rows; ++r) {
       for (int64_t j = 0; j < 4; ++j) to(pixel + j)[r] = from[r * T + pixel + j];

@@ -116,17 +116,17 @@ struct WinogradImage {
     }
   }
 
-  // This part's share of U, from the weight value(row, channel, tap).
-  template <class Value>
-  static void pack(Scalar* dst, int64_t rows, int64_t channels, int64_t part, int64_t parts, const Value& value) {
-    int64_t task = 0;
+  // This part's share of U, from kernel(row, channel)[tap], with the taps in reverse where `reversed`.
+  template <class Kernel>
+  static void pack(Scalar* dst, int64_t rows, int64_t channels, bool reversed, int64_t part, int64_t parts,
+                   const Kernel& kernel) {
     for_row_blocks<kRows>(rows, [&](auto block, int64_t r) {
       constexpr int R = decltype(block)::value;
-      for (int64_t c = 0; c < channels; ++c) {
-        if (task++ % parts != part) continue;
+      for (int64_t c = channels * part / parts; c < channels * (part + 1) / parts; ++c) {
         Scalar g[9][R];
         for (int j = 0; j < R; ++j) {
-          for (int64_t tap = 0; tap < 9; ++tap) g[tap][j] = value(r + j, c, tap);
+          const Scalar* from = kernel(r + j, c);
+          for (int tap = 0; tap < 9; ++tap) g[tap][j] = from[reversed ? 8 - tap : tap];
         }
         transform_weights<R>(g, dst + r * channels + c * R, rows * channels);
       }
