@@ -8,7 +8,10 @@ import device_code
 import pytest
 from device_code import DTYPES, HOT, PERSISTENT, PRODUCTS
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
+    pytest.mark.timeout(1800),  # whichever test comes first waits for the compiler
+]
 NARROW = ("bfloat16", "float16")
 ON_TENSOR_CORES = ("bfloat16", "float16", "tensor_float32")
 
