@@ -112,9 +112,12 @@ void check_place(const LayerShape& shape, int64_t segment, int64_t unit) {
 template <class Work>
 auto with_kernels(const Options& options, const std::string& dtype, const Work& work) {
   if (options.device < 0) {
-    if (dtype == "float32") return work(cpu_kernels<float>());
-    if (dtype == "float64") return work(cpu_kernels<double>());
-    fail("the CPU kernels take float32 or float64, got ", dtype, ".");
+    const LevelKernels& kernels = cpu_kernels();
+    if (dtype == "float32") return work(kernels.float32);
+    if (dtype == "float64") return work(kernels.float64);
+    if (dtype == "bfloat16") return work(kernels.bfloat16);
+    if (dtype == "float16") return work(kernels.float16);
+    fail("the CPU kernels take float64, float32, bfloat16 or float16, got ", dtype, ".");
   }
 #ifdef GUNN_WITH_CUDA
   if (dtype == "float32") return work(options.tensor_float ? cuda_tensor_float32 : cuda_float32);
@@ -143,18 +146,18 @@ std::pair<std::string, std::string> drivers(const LayerShape& shape, const Optio
   });
 }
 
-template <class Scalar, class Wide>
-void forward_on(const Kernels<Scalar, Wide>& kernels, const LayerShape& shape, const Options& options, Address x,
+template <class Scalar, class Wide, class Saved>
+void forward_on(const Kernels<Scalar, Wide, Saved>& kernels, const LayerShape& shape, const Options& options, Address x,
                 const Strides& x_strides, Address y, const Strides& y_strides, const std::vector<Address>& parameters,
                 Address statistics, Address saved, Address workspace, const std::string& step, int64_t segment,
                 int64_t unit) {
   const auto units = make_units<const Wide>(shape, parameters);
-  const ForwardTensors<Scalar, Wide> tensors{make_map<const Scalar>(x, x_strides),
-                                             make_map<Scalar>(y, y_strides),
-                                             units.data(),
-                                             pointer<Wide>(statistics),
-                                             pointer<Scalar>(saved),
-                                             pointer<std::byte>(workspace)};
+  const ForwardTensors<Scalar, Wide, Saved> tensors{make_map<const Scalar>(x, x_strides),
+                                                    make_map<Scalar>(y, y_strides),
+                                                    units.data(),
+                                                    pointer<Wide>(statistics),
+                                                    pointer<Saved>(saved),
+                                                    pointer<std::byte>(workspace)};
   if (step.empty()) {
     kernels.forward(shape, options, tensors);
   } else {
@@ -174,25 +177,25 @@ void forward(const LayerShape& shape, const Options& options, const std::string&
   });
 }
 
-template <class Scalar, class Wide>
-void backward_on(const Kernels<Scalar, Wide>& kernels, const LayerShape& shape, const Options& options, Address grad_y,
-                 const Strides& grad_y_strides, Address x, const Strides& x_strides, Address y,
+template <class Scalar, class Wide, class Saved>
+void backward_on(const Kernels<Scalar, Wide, Saved>& kernels, const LayerShape& shape, const Options& options,
+                 Address grad_y, const Strides& grad_y_strides, Address x, const Strides& x_strides, Address y,
                  const Strides& y_strides, Address grad_x, const Strides& grad_x_strides,
                  const std::vector<Address>& parameters, const std::vector<Address>& grads, Address statistics,
                  Address saved, Address workspace, Address sums, const std::string& step, int64_t segment,
                  int64_t unit) {
   const auto units = make_units<const Wide>(shape, parameters);
   const auto unit_grads = options.need_parameters ? make_units<Wide>(shape, grads) : std::vector<UnitTensors<Wide*>>();
-  const BackwardTensors<Scalar, Wide> tensors{make_map<const Scalar>(grad_y, grad_y_strides),
-                                              make_map<const Scalar>(x, x_strides),
-                                              make_map<const Scalar>(y, y_strides),
-                                              make_map<Scalar>(grad_x, grad_x_strides),
-                                              units.data(),
-                                              unit_grads.data(),
-                                              pointer<const Wide>(statistics),
-                                              pointer<double>(sums),
-                                              pointer<const Scalar>(saved),
-                                              pointer<std::byte>(workspace)};
+  const BackwardTensors<Scalar, Wide, Saved> tensors{make_map<const Scalar>(grad_y, grad_y_strides),
+                                                     make_map<const Scalar>(x, x_strides),
+                                                     make_map<const Scalar>(y, y_strides),
+                                                     make_map<Scalar>(grad_x, grad_x_strides),
+                                                     units.data(),
+                                                     unit_grads.data(),
+                                                     pointer<const Wide>(statistics),
+                                                     pointer<double>(sums),
+                                                     pointer<const Saved>(saved),
+                                                     pointer<std::byte>(workspace)};
   if (step.empty()) {
     kernels.backward(shape, options, tensors);
   } else {

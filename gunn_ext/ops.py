@@ -8,7 +8,6 @@ workspace included, comes from torch.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +29,7 @@ except ImportError as error:
 
 from gunn_ext.choice import choose_driver
 from gunn_ext.parameters import LAYER_DTYPES, STATISTICS_DTYPES, StackedBatchNorm, StackedLayer, Unit
-from gunn_ext.reference import memory_format_of, reference_layer
-
-_log = logging.getLogger("gunn_ext")
-_told: set[str] = set()
+from gunn_ext.reference import memory_format_of
 
 # Below this many multiply-adds one thread is faster than waking a second.
 _SERIAL_WORK = 1_000_000
@@ -50,7 +46,6 @@ def core_info() -> dict[str, Any]:
 class CpuBackend:
     """The CPU kernels."""
 
-    dtypes = {torch.float32: "float32", torch.float64: "float64"}
     core = _core
     device_options: dict[str, Any] = {}
 
@@ -72,6 +67,10 @@ class CpuBackend:
         """Whether torch's switches let convolutions of float32 run as TF32."""
         return False
 
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What pre-activations of a layer of ``dtype`` are kept in for the backward."""
+        return _wide(dtype)
+
 
 @torch.compiler.assume_constant_result
 def _convolutions_may_use_tensor_float() -> bool:
@@ -82,12 +81,6 @@ def _convolutions_may_use_tensor_float() -> bool:
 class CudaBackend:
     """The CUDA kernels of ``core``: on the tensor's GPU, in torch's current stream there."""
 
-    dtypes = {
-        torch.float32: "float32",
-        torch.float64: "float64",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
     device_options: dict[str, Any] = {"device": 0}
 
     def __init__(self, core: Any = _core) -> None:
@@ -114,6 +107,10 @@ class CudaBackend:
     def allows_tensor_float(self) -> bool:
         """Whether torch's switches let convolutions of float32 run as TF32."""
         return _convolutions_may_use_tensor_float()
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What pre-activations of a layer of ``dtype`` are kept in for the backward."""
+        return dtype
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
@@ -181,7 +178,7 @@ def _backend_of(device: torch.device) -> CpuBackend | CudaBackend:
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Name what computes a gradual layer: ``cpu/avx512``, ``cuda/staged``, ``reference``.
+    """Name what computes a gradual layer: ``cpu/avx512``, ``cuda/staged``.
 
     On the CPU the instruction set; on a GPU the driver that GUNN_CUDA_DRIVER asks for, or ``cuda/chosen`` by the table
     of what was measured; `drivers` says which one takes a layer.
@@ -193,7 +190,7 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     found = _backend_of(torch.device(device))
     if dtype not in LAYER_DTYPES:
         raise TypeError(f"GunnLayer: expected float64, float32, bfloat16 or float16, got {dtype}; convert the input.")
-    return found.name(torch.device(device)) if dtype in found.dtypes else "reference"
+    return found.name(torch.device(device))
 
 
 @functools.cache
@@ -204,10 +201,9 @@ def _gpu_name(index: int) -> str:
 def _persistent(x: Tensor, segments: int, training: bool) -> bool:
     """Whether the table of measured drivers wants the persistent one for a layer."""
     batch, channels, height, width = x.shape
-    dtype = str(x.dtype).removeprefix("torch.")
     driver = choose_driver(
         _gpu_name(x.device.index),
-        dtype,
+        _name(x.dtype),
         training,
         batch=batch,
         channels=channels,
@@ -231,7 +227,7 @@ class _Call:
 
     @property
     def name(self) -> str:
-        return self.backend.dtypes[self.dtype]
+        return _name(self.dtype)
 
     def workspaces(self, keep: bool) -> tuple[int, int]:
         """Bytes that a forward and a backward need."""
@@ -261,6 +257,11 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def _workspace(size: int, x: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=x.device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As the core calls it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -293,8 +294,14 @@ def _saved_shape(x: Tensor, segments: int, expansion: int, units: int, shortcut:
     found = _backend_of(x.device)
     shape = _layer_shape(found.core, (1, *x.shape[1:]), segments, expansion, units, shortcut, True)
     options = found.core.Options(shape, batch_statistics=False, eps=1.0, threads=1, **found.device_options)
-    rows, pixels, *_ = found.core.sizes(shape, options, found.dtypes[x.dtype], True)
+    rows, pixels, *_ = found.core.sizes(shape, options, _name(x.dtype), True)
     return segments, x.shape[0], rows, pixels
+
+
+def _kept(x: Tensor, segments: int, expansion: int, units: int, shortcut: bool, keep: bool) -> Tensor:
+    """Where a forward leaves its pre-activations; empty unless they are kept."""
+    shape = _saved_shape(x, segments, expansion, units, shortcut) if keep else (0,)
+    return x.new_empty(shape, dtype=_backend_of(x.device).kept_dtype(x.dtype))
 
 
 def _check_operands(
@@ -317,8 +324,8 @@ def _check_operands(
             f"expansion ({expansion}) and units ({units}) at least 1."
         )
     found = _backend_of(x.device)
-    if x.dtype not in found.dtypes:
-        names = ", ".join(found.dtypes.values())
+    if x.dtype not in LAYER_DTYPES:
+        names = ", ".join(map(_name, LAYER_DTYPES))
         raise TypeError(f"gunn_ext: the {x.device.type} kernels take {names}, got {x.dtype}; convert the tensors.")
     wide = _wide(x.dtype)
     s = x.shape[1] // segments
@@ -337,8 +344,9 @@ def _check_operands(
         (f"parameters[{index}]", p, shape, {x.dtype, wide})
         for index, (p, shape) in enumerate(zip(parameters, shapes, strict=True))
     ]
+    own = {"statistics": wide, "saved": found.kept_dtype(x.dtype)}
     for name, (tensor, shape) in others.items():
-        named.append((name, tensor, shape, {wide if name == "statistics" else x.dtype}))
+        named.append((name, tensor, shape, {own.get(name, x.dtype)}))
     for name, tensor, shape, dtypes in named:
         if tensor is None:
             continue
@@ -394,14 +402,12 @@ def drivers(
         keep: Whether the forward keeps pre-activations for the backward.
 
     Returns:
-        ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU; ``reference`` where no kernel takes the dtype.
+        ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU.
 
     Raises:
         RuntimeError: Nothing here serves the device of ``x``.
     """
     found = _backend_of(x.device)
-    if x.dtype not in found.dtypes:
-        return "reference", "reference"
     tensor_float = x.dtype == torch.float32 and found.allows_tensor_float()
     options = {"batch_statistics": batch_statistics, "eps": 1.0}
     call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
@@ -429,7 +435,7 @@ def layer_forward(
     """The gradual layer's forward.
 
     Args:
-        x: ``(B, N, H, W)`` in a dtype of the device's kernels, any strides.
+        x: ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides.
         parameters: As `parameter_list` gives them, float32 or in the dtype of ``x``.
         statistics: ``(2, P, rows)`` mean and biased variance to normalise with, float32 at least; None takes the
             batch's own.
@@ -444,7 +450,7 @@ def layer_forward(
 
     Returns:
         y like ``x``; the batch's statistics ``(2, P, rows)``, empty where they were given; the pre-activations
-        ``(P, B, rows, pixels)`` in the layout of the kernels, empty unless ``keep``.
+        ``(P, B, rows, pixels)`` in the layout and dtype of the kernels, empty unless ``keep``.
     """
     sizes = (segments, expansion, units, shortcut)
     _check_operands(x, parameters, *sizes, statistics=(statistics, _statistics_shape(x, *sizes)))
@@ -453,7 +459,7 @@ def layer_forward(
     used = statistics
     if used is None:
         used = x.new_empty(_statistics_shape(x, *sizes), dtype=_wide(x.dtype))
-    saved = x.new_empty(_saved_shape(x, *sizes) if keep else (0,))
+    saved = _kept(x, *sizes, keep)
     if x.numel():
         call = _call(
             x,
@@ -498,8 +504,8 @@ def _(
     tensor_float: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = _statistics_shape(x, segments, expansion, units, shortcut) if statistics is None else (0,)
-    saved = _saved_shape(x, segments, expansion, units, shortcut) if keep else (0,)
-    return _empty_like(x), x.new_empty(batch, dtype=_wide(x.dtype)), x.new_empty(saved)
+    saved = _kept(x, segments, expansion, units, shortcut, keep)
+    return _empty_like(x), x.new_empty(batch, dtype=_wide(x.dtype)), saved
 
 
 @torch.library.custom_op("gunn_ext::layer_backward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -635,7 +641,7 @@ class ForwardSteps:
     ``project`` theirs. Whoever changes them there, in place, changes what the next step normalises with.
 
     Args:
-        x: The input, in a dtype of the device's kernels, not empty; one value per channel is allowed.
+        x: The input, not empty; one value per channel is allowed.
         layer: A gradual layer in training mode.
     """
 
@@ -752,10 +758,10 @@ def _step_call(
 ) -> tuple[Tensor, list[Tensor], _Call]:
     """Check everything a pass in steps is given; returns input and parameters as the core takes them."""
     found = _backend_of(x.device)
-    if x.dtype not in found.dtypes or x.numel() == 0:
+    if x.dtype not in LAYER_DTYPES or x.numel() == 0:
         raise ValueError(
-            f"steps of a layer run on the kernels: expected a non-empty tensor, {', '.join(found.dtypes.values())} on "
-            f"{x.device.type}, got {tuple(x.shape)} {x.dtype}."
+            f"steps of a layer run on the kernels: expected a non-empty tensor, {', '.join(map(_name, LAYER_DTYPES))}, "
+            f"got {tuple(x.shape)} {x.dtype}."
         )
     if not layer.gradual or not layer.uses_batch_statistics():
         raise ValueError(
@@ -858,9 +864,6 @@ def _update_running_statistics(layer: StackedLayer, statistics: Tensor, count: i
 def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     """Update the segments of ``x`` one after another on the fused kernels (Qiao et al. 2018, eq. 4-5).
 
-    Every dtype runs on the CUDA kernels, float32 and float64 on the CPU's; bfloat16 and float16 on the CPU run on the
-    reference for want of kernels, which is logged once.
-
     Args:
         x: Feature map ``(B, N, H, W)``; float64, float32, bfloat16 or float16; any strides; checked by the layer. Not
             modified.
@@ -876,12 +879,6 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
     """
     found = _backend_of(x.device)
     found.check(x.device)
-    if x.dtype not in found.dtypes:
-        _tell_once(
-            f"{x.dtype} on {x.device.type}",
-            f"gunn_ext: no {x.device.type} kernels for {x.dtype}; the reference implementation serves, slowly.",
-        )
-        return reference_layer(x, layer)
     parameters = parameter_list(layer)
     training = layer.uses_batch_statistics()
     given = None if training else _running_statistics(layer, _wide(x.dtype))
@@ -912,10 +909,3 @@ def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
             "GunnLayer: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported; use reverse "
             "mode, or gunn_ext.ReferenceGunnLayer, which takes the same state dict."
         )
-
-
-@torch.compiler.disable
-def _tell_once(key: str, message: str) -> None:
-    if key not in _told:
-        _told.add(key)
-        _log.warning(message)

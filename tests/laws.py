@@ -512,6 +512,34 @@ def compiled_layer_equals_eager(
         assert all(same_statistics(ours.buffers[name], buffer) for name, buffer in expected.buffers.items())
 
 
+def rule_holds_under_autocast(case: Case, dtype: torch.dtype) -> None:
+    """Parameters stay float32: where the narrow dtype cannot hold them, only the factors of products are rounded."""
+    values = settled_sample(case, torch.float32)
+
+    def ours(draw: Sample) -> Result:
+        layer = layer_of(draw)
+
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype):
+                return layer(x)
+
+        return run(layer, draw.x, draw.grad.to(dtype), call)
+
+    check(values, ours, dtype, parameters=torch.float32)
+    result = ours(values)
+    assert result.y.dtype == dtype
+    assert {gradient.dtype for gradient in result.gradients.values()} == {torch.float32}
+    assert torch.equal(result.y, run_sample(values, GunnLayer, dtype, torch.float32).y)
+
+
+def narrow_parameters_are_saved_as_they_are(values: Sample) -> None:
+    layer, x = values.case.layer(GunnLayer, torch.bfloat16), values.x.bfloat16().requires_grad_()
+    storages, _ = saved_storages(layer, x)
+    narrow = 2 * x.numel() + sum(p.numel() for p in layer.parameters())
+    statistics = 2 * sum(bn.running_mean.numel() for bn in layer.batch_norms())
+    assert sum(storages.values()) == 2 * narrow + 4 * statistics
+
+
 # --- under the rule, in any precision ---------------------------------------------------------------------------------
 
 # What the CUDA kernels compute in: dtype, and whether float32 is multiplied as TF32.

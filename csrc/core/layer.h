@@ -67,18 +67,19 @@ struct UnitTensors {
   Pointer project, project_weight, project_bias;     // (P, s, k), (P, s), (P, s)
 };
 
-// Feature maps are stored as Scalar; parameters, statistics and gradients of parameters are Wide: float32 at least.
-template <class Scalar, class Wide = Scalar>
+// Feature maps are stored as Scalar, pre-activations for the backward as Saved; parameters, statistics and gradients of
+// parameters are Wide: float32 at least.
+template <class Scalar, class Wide = Scalar, class Saved = Scalar>
 struct ForwardTensors {
   FeatureMap<const Scalar> x;
   FeatureMap<Scalar> y;
   const UnitTensors<const Wide*>* units;
   Wide* statistics;  // (2, P, rows): mean and biased variance; written with batch statistics, else only read
-  Scalar* saved;     // pre-activations for the backward (Sizes), or null: recompute them
+  Saved* saved;      // pre-activations for the backward (Sizes), or null: recompute them
   std::byte* workspace;
 };
 
-template <class Scalar, class Wide = Scalar>
+template <class Scalar, class Wide = Scalar, class Saved = Scalar>
 struct BackwardTensors {
   FeatureMap<const Scalar> grad_y, x, y;
   FeatureMap<Scalar> grad_x;
@@ -86,7 +87,7 @@ struct BackwardTensors {
   const UnitTensors<Wide*>* grads;
   const Wide* statistics;  // as the forward left them
   double* sums;            // (2, P, rows): sum of d and of d*(z - mean) at every BN output; steps only, else null
-  const Scalar* saved;     // from the forward, or null
+  const Saved* saved;      // from the forward, or null
   std::byte* workspace;
 };
 
@@ -105,15 +106,15 @@ struct DriverNames {
 };
 
 // One backend at one instruction set and dtype.
-template <class Scalar, class Wide = Scalar>
+template <class Scalar, class Wide = Scalar, class Saved = Scalar>
 struct Kernels {
   Sizes (*sizes)(const LayerShape&, const Options&, bool keep);
   DriverNames (*drivers)(const LayerShape&, const Options&, bool keep);  // which of several serve
-  void (*forward)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&);
-  void (*forward_step)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide>&, Forward, int64_t segment,
-                       int64_t unit);
-  void (*backward)(const LayerShape&, const Options&, const BackwardTensors<Scalar, Wide>&);
-  void (*backward_step)(const LayerShape&, const Options&, const BackwardTensors<Scalar, Wide>&, Backward,
+  void (*forward)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide, Saved>&);
+  void (*forward_step)(const LayerShape&, const Options&, const ForwardTensors<Scalar, Wide, Saved>&, Forward,
+                       int64_t segment, int64_t unit);
+  void (*backward)(const LayerShape&, const Options&, const BackwardTensors<Scalar, Wide, Saved>&);
+  void (*backward_step)(const LayerShape&, const Options&, const BackwardTensors<Scalar, Wide, Saved>&, Backward,
                         int64_t segment, int64_t unit);
 };
 

@@ -21,10 +21,13 @@
 namespace gunn {
 namespace {
 
-template <class Scalar>
+template <class Precision>
 class BackwardPass {
+  using Scalar = typename Precision::Scalar;
+  using Tensors = typename Precision::Backward;
+
  public:
-  BackwardPass(const LayerShape& shape, const Options& options, const BackwardTensors<Scalar>& tensors)
+  BackwardPass(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : shape_(shape), options_(options), tensors_(tensors), stages_(shape, tensors.units) {
     Arena arena(tensors.workspace);
     // The saved pre-activations are only read; one buffer type serves both cases.
@@ -550,8 +553,8 @@ class BackwardPass {
 
   const LayerShape& shape_;
   const Options& options_;
-  BackwardTensors<Scalar> tensors_{};
-  Stages<Scalar> stages_;
+  Tensors tensors_{};
+  Stages<Precision> stages_;
   GradientLayout gradients_{shape_};
   bool kept_ = false;
   Scalar* gradient_ = nullptr;  // G: the gradient of the state

@@ -53,13 +53,6 @@ const Level& chosen() {
 
 const char* simd_level() { return chosen().name; }
 
-template <>
-const Kernels<float>& cpu_kernels<float>() {
-  return chosen().kernels->float32;
-}
-template <>
-const Kernels<double>& cpu_kernels<double>() {
-  return chosen().kernels->float64;
-}
+const LevelKernels& cpu_kernels() { return *chosen().kernels; }
 
 }  // namespace gunn

@@ -5,9 +5,12 @@
 
 namespace gunn {
 
+// Pre-activations are kept as the kernels compute them: in float32 where the feature map has 16 bits.
 struct LevelKernels {
   Kernels<float> float32;
   Kernels<double> float64;
+  Kernels<BFloat16, float, float> bfloat16;
+  Kernels<Float16, float, float> float16;
 };
 
 extern const LevelKernels kernels_baseline;
@@ -17,7 +20,6 @@ extern const LevelKernels kernels_avx512;
 // "avx512", "avx2" or "baseline". Throws where GUNN_SIMD asks for something this CPU or build lacks.
 const char* simd_level();
 
-template <class Scalar>
-const Kernels<Scalar>& cpu_kernels();
+const LevelKernels& cpu_kernels();
 
 }  // namespace gunn

@@ -9,10 +9,13 @@
 namespace gunn {
 namespace {
 
-template <class Scalar>
+template <class Precision>
 class ForwardPass {
+  using Scalar = typename Precision::Scalar;
+  using Tensors = typename Precision::Forward;
+
  public:
-  ForwardPass(const LayerShape& shape, const Options& options, const ForwardTensors<Scalar>& tensors)
+  ForwardPass(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : shape_(shape), options_(options), tensors_(tensors), stages_(shape, tensors.units) {
     Arena arena(tensors.workspace);
     take(arena, tensors.saved);
@@ -287,8 +290,8 @@ class ForwardPass {
 
   const LayerShape& shape_;
   const Options& options_;
-  ForwardTensors<Scalar> tensors_{};
-  Stages<Scalar> stages_;
+  Tensors tensors_{};
+  Stages<Precision> stages_;
   bool kept_ = false;
   Scalar* packed_ = nullptr;
   int64_t packed_step_ = 0, packed_count_ = 0;

@@ -21,43 +21,45 @@ void in_parallel(int threads, const Work& work) {
   work(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
 }
 
-template <class Scalar>
+template <class Precision>
 Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
-  return {shape.rows(), Geometry<Scalar>(shape).pixels, ForwardPass<Scalar>::workspace_bytes(shape, options, keep),
-          BackwardPass<Scalar>::workspace_bytes(shape, options, keep)};
+  return {shape.rows(), Geometry<typename Precision::Scalar>(shape).pixels,
+          ForwardPass<Precision>::workspace_bytes(shape, options, keep),
+          BackwardPass<Precision>::workspace_bytes(shape, options, keep)};
 }
 
-template <class Scalar>
-void forward(const LayerShape& shape, const Options& options, const ForwardTensors<Scalar>& tensors) {
-  ForwardPass<Scalar> pass(shape, options, tensors);
+template <class Precision>
+void forward(const LayerShape& shape, const Options& options, const typename Precision::Forward& tensors) {
+  ForwardPass<Precision> pass(shape, options, tensors);
   in_parallel(options.threads, [&](const Team& team) { pass.run(team); });
 }
 
-template <class Scalar>
-void forward_step(const LayerShape& shape, const Options& options, const ForwardTensors<Scalar>& tensors, Forward which,
-                  int64_t segment, int64_t unit) {
-  ForwardPass<Scalar> pass(shape, options, tensors);
+template <class Precision>
+void forward_step(const LayerShape& shape, const Options& options, const typename Precision::Forward& tensors,
+                  Forward which, int64_t segment, int64_t unit) {
+  ForwardPass<Precision> pass(shape, options, tensors);
   in_parallel(options.threads, [&](const Team& team) { pass.step(team, which, segment, unit); });
 }
 
-template <class Scalar>
-void backward(const LayerShape& shape, const Options& options, const BackwardTensors<Scalar>& tensors) {
-  BackwardPass<Scalar> pass(shape, options, tensors);
+template <class Precision>
+void backward(const LayerShape& shape, const Options& options, const typename Precision::Backward& tensors) {
+  BackwardPass<Precision> pass(shape, options, tensors);
   in_parallel(options.threads, [&](const Team& team) { pass.run(team); });
 }
 
-template <class Scalar>
-void backward_step(const LayerShape& shape, const Options& options, const BackwardTensors<Scalar>& tensors,
+template <class Precision>
+void backward_step(const LayerShape& shape, const Options& options, const typename Precision::Backward& tensors,
                    Backward which, int64_t segment, int64_t unit) {
-  BackwardPass<Scalar> pass(shape, options, tensors);
+  BackwardPass<Precision> pass(shape, options, tensors);
   in_parallel(options.threads, [&](const Team& team) { pass.step(team, which, segment, unit); });
 }
 
 inline DriverNames drivers(const LayerShape&, const Options&, bool) { return {"fused", "fused"}; }
 
-template <class Scalar>
-constexpr Kernels<Scalar> kernels() {
-  return {sizes<Scalar>, drivers, forward<Scalar>, forward_step<Scalar>, backward<Scalar>, backward_step<Scalar>};
+template <class Precision>
+constexpr typename Precision::Table kernels() {
+  return {sizes<Precision>,        drivers, forward<Precision>, forward_step<Precision>, backward<Precision>,
+          backward_step<Precision>};
 }
 
 }  // namespace

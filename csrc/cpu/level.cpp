@@ -7,6 +7,8 @@
 
 namespace gunn {
 
-const LevelKernels GUNN_PASTE(kernels_, GUNN_LEVEL) = {kernels<float>(), kernels<double>()};
+const LevelKernels GUNN_PASTE(kernels_, GUNN_LEVEL) = {kernels<Precision<float>>(), kernels<Precision<double>>(),
+                                                       kernels<Precision<BFloat16, float>>(),
+                                                       kernels<Precision<Float16, float>>()};
 
 }  // namespace gunn

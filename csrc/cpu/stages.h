@@ -64,8 +64,9 @@ struct Scratch {
   }
 };
 
-template <class Scalar>
+template <class Precision>
 struct Stages {
+  using Scalar = typename Precision::Scalar;
   static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
   using Int = typename Simd<Scalar>::Int;
 
@@ -193,7 +194,7 @@ struct Stages {
         if (shortcut) h += load<Scalar>(shortcut + at) * shortcut_norm.scale[r] + shortcut_norm.shift[r];
         if (through) h += load<Scalar>(through + at);
         if (accumulate) h += load<Scalar>(to + at);
-        store<Scalar>(to + at, keep<Scalar>(h, inside));
+        store<Scalar>(to + at, keep<Scalar>(rounded<typename Precision::Storage>(h), inside));
       }
     }
   }

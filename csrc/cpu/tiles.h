@@ -14,6 +14,7 @@
 
 #include "core/arena.h"
 #include "core/layer.h"
+#include "cpu/precision.h"
 #include "cpu/simd.h"
 
 namespace gunn {
@@ -57,8 +58,8 @@ GUNN_INLINE void for_each_run(const Geometry<Scalar>& geometry, int64_t tile, Vi
 }
 
 // Channels [first, first + channels) of one image's tile, between a feature map of any strides and dst[channel][tile].
-template <class Scalar>
-GUNN_NOINLINE void load_tile(const Geometry<Scalar>& geometry, const FeatureMap<const Scalar>& map, int64_t image,
+template <class Scalar, class Storage>
+GUNN_NOINLINE void load_tile(const Geometry<Scalar>& geometry, const FeatureMap<const Storage>& map, int64_t image,
                              int64_t tile, int64_t first, int64_t channels, Scalar* dst) {
   constexpr int64_t T = Simd<Scalar>::tile;
   int64_t real = 0;
@@ -66,41 +67,51 @@ GUNN_NOINLINE void load_tile(const Geometry<Scalar>& geometry, const FeatureMap<
   if (real < T) {
     for (int64_t j = 0; j < channels * T; ++j) dst[j] = 0;
   }
-  const Scalar* origin = map.data + image * map.batch + first * map.channel;
+  const Storage* origin = map.data + image * map.batch + first * map.channel;
   for_each_run(geometry, tile, [&](int64_t pixel, int64_t y, int64_t x, int64_t count) {
-    const Scalar* src = origin + y * map.row + x * map.column;
+    const Storage* src = origin + y * map.row + x * map.column;
     if (map.channel == 1) {  // channels_last: a pixel's channels are neighbours
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t c = 0; c < channels; ++c) dst[c * T + pixel + j] = src[j * map.column + c];
+        for (int64_t c = 0; c < channels; ++c) dst[c * T + pixel + j] = widen<Scalar>(src[j * map.column + c]);
       }
     } else if (map.column == 1) {
       for (int64_t c = 0; c < channels; ++c) {
-        const Scalar* from = src + c * map.channel;
+        const Storage* from = src + c * map.channel;
         Scalar* to = dst + c * T + pixel;
-        for (int64_t j = 0; j < count; ++j) to[j] = from[j];
+        for (int64_t j = 0; j < count; ++j) to[j] = widen<Scalar>(from[j]);
       }
     } else {
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t j = 0; j < count; ++j) dst[c * T + pixel + j] = src[c * map.channel + j * map.column];
+        for (int64_t j = 0; j < count; ++j) {
+          dst[c * T + pixel + j] = widen<Scalar>(src[c * map.channel + j * map.column]);
+        }
       }
     }
   });
 }
 
-template <class Scalar>
-GUNN_NOINLINE void store_tile(const Geometry<Scalar>& geometry, const FeatureMap<Scalar>& map, int64_t image,
+template <class Scalar, class Storage>
+GUNN_NOINLINE void store_tile(const Geometry<Scalar>& geometry, const FeatureMap<Storage>& map, int64_t image,
                               int64_t tile, int64_t channels, const Scalar* src) {
   constexpr int64_t T = Simd<Scalar>::tile;
-  Scalar* origin = map.data + image * map.batch;
+  Storage* origin = map.data + image * map.batch;
   for_each_run(geometry, tile, [&](int64_t pixel, int64_t y, int64_t x, int64_t count) {
-    Scalar* dst = origin + y * map.row + x * map.column;
+    Storage* dst = origin + y * map.row + x * map.column;
     if (map.channel == 1) {
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t c = 0; c < channels; ++c) dst[j * map.column + c] = src[c * T + pixel + j];
+        for (int64_t c = 0; c < channels; ++c) dst[j * map.column + c] = narrow<Storage>(src[c * T + pixel + j]);
+      }
+    } else if (map.column == 1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const Scalar* from = src + c * T + pixel;
+        Storage* to = dst + c * map.channel;
+        for (int64_t j = 0; j < count; ++j) to[j] = narrow<Storage>(from[j]);
       }
     } else {
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t j = 0; j < count; ++j) dst[c * map.channel + j * map.column] = src[c * T + pixel + j];
+        for (int64_t j = 0; j < count; ++j) {
+          dst[c * map.channel + j * map.column] = narrow<Storage>(src[c * T + pixel + j]);
+        }
       }
     }
   });

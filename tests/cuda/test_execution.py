@@ -348,4 +348,4 @@ def _workspaces(x, shape, sizes):
     found = ops._backend_of(x.device)
     layer_shape = ops._layer_shape(found.core, shape, *sizes)
     options = found.core.Options(layer_shape, batch_statistics=False, eps=1e-5, threads=1, **found.device_options)
-    return found.core.sizes(layer_shape, options, found.dtypes[x.dtype], False)[-2:]
+    return found.core.sizes(layer_shape, options, str(x.dtype).removeprefix("torch."), False)[-2:]
