@@ -30,27 +30,27 @@ Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
 template <class Scalar>
 void forward(const LayerShape& shape, const Options& options, const ForwardTensors<Scalar>& tensors) {
   ForwardPass<Scalar> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.run(team); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.run(team); });
 }
 
 template <class Scalar>
 void forward_step(const LayerShape& shape, const Options& options, const ForwardTensors<Scalar>& tensors, Forward which,
                   int64_t segment, int64_t unit) {
   ForwardPass<Scalar> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.step(team, which, segment, unit); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.step(team, which, segment, unit); });
 }
 
 template <class Scalar>
 void backward(const LayerShape& shape, const Options& options, const BackwardTensors<Scalar>& tensors) {
   BackwardPass<Scalar> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.run(team); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.run(team); });
 }
 
 template <class Scalar>
 void backward_step(const LayerShape& shape, const Options& options, const BackwardTensors<Scalar>& tensors,
                    Backward which, int64_t segment, int64_t unit) {
   BackwardPass<Scalar> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.step(team, which, segment, unit); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.step(team, which, segment, unit); });
 }
 
 inline DriverNames drivers(const LayerShape&, const Options&, bool) { return {"fused", "fused"}; }

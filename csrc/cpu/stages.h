@@ -5,8 +5,12 @@
 //   project   z3 = W3 · relu(bn(z2))
 //   emit      h = bn(z3) [+ bn(shortcut)] [+ h before it]; after the last unit: state[c_i] (+)= h
 //
-// Each image belongs to one thread. z1, z2, z3 lie in one buffer as [slot][unit row][tile][row][pixel]: a slot is an
-// image where they are needed again, a thread where they are not; keeping them for the backward is only a stride.
+// Threads deal out the bands of all images in contiguous pieces: whole images where the batch divides by the threads. A
+// stage touches its own tiles only, but for the 3x3, which reads z1 (and in the backward dz2) of the rows next to a
+// piece; a thread activates those once more in an image of its own.
+//
+// z1, z2, z3 lie in one buffer as [slot][unit row][tile][row][pixel]: a slot is an image where they are needed again, a
+// thread where they are not; keeping them for the backward is only a stride.
 #pragma once
 
 #include "cpu/batch_norm.h"
@@ -17,6 +21,14 @@
 
 namespace gunn {
 namespace {
+
+// Threads beyond the bands of a batch would have nothing to do.
+template <class Scalar>
+Options with_useful_threads(const LayerShape& shape, Options options) {
+  const int64_t bands = shape.batch * Geometry<Scalar>(shape).bands;
+  options.threads = static_cast<int>(smaller(options.threads, bands));
+  return options;
+}
 
 // Where the packed weights of one segment lie.
 struct PackedLayout {
@@ -39,12 +51,13 @@ struct PackedLayout {
 template <class Scalar>
 struct PreActivations {
   Scalar* data = nullptr;
-  int64_t segment_step = 0;  // 0: the next segment overwrites
+  int64_t segments = 1;  // kept at once: segment i overwrites segment i - segments
+  int64_t segment_step = 0;
   int64_t slot_step = 0;
   int64_t pixels = 0;
 
   Scalar* at(int64_t segment, int64_t slot, int64_t row) const {
-    return data + segment * segment_step + slot * slot_step + row * pixels;
+    return data + segment % segments * segment_step + slot * slot_step + row * pixels;
   }
 };
 
@@ -87,6 +100,21 @@ struct Stages {
     state = arena.take<Scalar>(slots * state_size());
     outputs = arena.take<Scalar>((shape.units - 1) * slots * output_size());
   }
+
+  // Calls visit(Piece) for this thread's pieces of the batch.
+  template <class Visit>
+  GUNN_INLINE void for_own_pieces(const Team& team, Visit visit) const {
+    const int64_t bands = shape.batch * geometry.bands;
+    for_each_piece(geometry, team.begin(bands), team.end(bands), visit);
+  }
+  template <class Visit>
+  GUNN_INLINE void for_own_tiles(const Team& team, Visit visit) const {
+    for_own_pieces(team, [&](const Piece& piece) {
+      for (int64_t tile = piece.first; tile < piece.last; ++tile) visit(piece.slot, tile);
+    });
+  }
+  // Whether threads share images.
+  bool cuts_images(const Team& team) const { return shape.batch % team.size != 0; }
 
   int64_t state_size() const { return geometry.pixels * shape.channels; }
   int64_t output_size() const { return geometry.pixels * shape.segment(); }
@@ -195,8 +223,8 @@ struct Stages {
       }
     }
   }
-  void emit(int64_t i, int64_t m, int64_t slot, const Affine<Scalar>& affine) const {
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) emit_tile(i, m, slot, tile, affine);
+  void emit(int64_t i, int64_t m, const Piece& piece, const Affine<Scalar>& affine) const {
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) emit_tile(i, m, piece.slot, tile, affine);
   }
 
   // `moments`, where given, take in what the stage computes.
@@ -208,28 +236,35 @@ struct Stages {
     if (moments) moments->add(z1, rows, mask + tile * T);
   }
 
-  void spatial(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
+  void reduce(int64_t i, int64_t m, const Piece& piece, const Scalar* w) const {
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) {
+      reduce_tile_stage(i, m, piece.slot, tile, w, nullptr);
+    }
+  }
+
+  void spatial(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Affine<Scalar>& affine,
                const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
     const int64_t k = shape.hidden();
     const Affine<Scalar> norm = affine.at(reduce_row(m));
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-      activate<Scalar>(reduce_tile(i, m, slot, tile), norm, k, mask + tile * T, scratch.hidden);
+    const Piece around = with_neighbours(geometry, piece);
+    for (int64_t tile = around.first; tile < around.last; ++tile) {
+      activate<Scalar>(reduce_tile(i, m, piece.slot, tile), norm, k, mask + tile * T, scratch.hidden);
       put_tile(scratch.padded, tile, scratch.hidden);
     }
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-      Scalar* z2 = spatial_tile(i, m, slot, tile);
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) {
+      Scalar* z2 = spatial_tile(i, m, piece.slot, tile);
       conv3x3_rows<Scalar>(geometry, scratch.padded, w, k, tile, z2);
       if (moments) moments->add(z2, k, mask + tile * T);
     }
   }
 
-  void project(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
+  void project(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Affine<Scalar>& affine,
                const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
     const int64_t k = shape.hidden(), s = shape.segment();
     const Affine<Scalar> norm = affine.at(spatial_row(m));
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-      Scalar* z3 = project_tile(i, m, slot, tile);
-      activate<Scalar>(spatial_tile(i, m, slot, tile), norm, k, mask + tile * T, scratch.hidden);
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) {
+      Scalar* z3 = project_tile(i, m, piece.slot, tile);
+      activate<Scalar>(spatial_tile(i, m, piece.slot, tile), norm, k, mask + tile * T, scratch.hidden);
       gemm_rows<Scalar, Into::store>(w, s, scratch.hidden, k, z3);
       if (moments) moments->add(z3, s, mask + tile * T);
     }
