@@ -57,8 +57,7 @@ class CpuBackend:
         """Options of the core that say where and how to run."""
         batch, channels, height, width = x.shape
         work = batch * channels * height * width * channels * expansion
-        threads = 1 if work < _SERIAL_WORK else max(1, min(torch.get_num_threads(), batch))
-        return {"threads": threads}
+        return {"threads": 1 if work < _SERIAL_WORK else torch.get_num_threads()}
 
     def check(self, device: torch.device) -> None:
         """Raise a RuntimeError if ``device`` cannot run the kernels."""

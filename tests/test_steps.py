@@ -65,10 +65,13 @@ def nothing(*_):
     """One rank has nothing to share."""
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_give_the_same_bits_as_the_whole_pass(options, dtype):
-    layer, x, grad = make(options, dtype=dtype)
+def test_steps_give_the_same_bits_as_the_whole_pass(options, dtype, count, monkeypatch):
+    monkeypatch.setattr(ops, "_SERIAL_WORK", 0)
+    torch.set_num_threads(count)
+    layer, x, grad = make(options, batch=3, dtype=dtype)
     static = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual, layer.eps)
     parameters = [p.detach() for p in ops.parameter_list(layer)]
     y, statistics, _ = ops.layer_forward(x, parameters, None, *static, False)

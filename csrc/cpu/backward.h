@@ -8,9 +8,10 @@
 //   reduce    dz2; dW2; dh1 = its transposed convolution through the ReLU; sums for z1's batch norm   | exchange
 //   input     dz1 (and the shortcut's dz); G += W1ᵀ dz1; dW1
 //
-// Every exchange is one barrier; none is needed after `input`, which touches the thread's own images only. Gradients of
-// the weights are summed by each thread over its images (channels in lanes, so no horizontal sums), and over threads in
-// order after the next barrier; two sets of buffers take turns.
+// Every exchange is one barrier; none is needed after `input`, which touches the thread's own tiles only. Where threads
+// share images, the recomputed 3x3 needs one more, for its neighbours' z1. The transposed convolution reads its
+// neighbours' dh2, so dh1 lies elsewhere. Gradients of the weights are summed by each thread over its pieces (channels
+// in lanes, so no horizontal sums), and over threads in order after the next barrier; two sets of buffers take turns.
 //
 // The state's transpose for dW1 is made a few tiles at a time: it costs about a tenth of that product and saves a copy
 // of the state as large as x.
@@ -28,7 +29,10 @@ class BackwardPass {
 
  public:
   BackwardPass(const LayerShape& shape, const Options& options, const Tensors& tensors)
-      : shape_(shape), options_(options), tensors_(tensors), stages_(shape, tensors.units) {
+      : shape_(shape),
+        options_(with_useful_threads<Scalar>(shape, options)),
+        tensors_(tensors),
+        stages_(shape, tensors.units) {
     Arena arena(tensors.workspace);
     // The saved pre-activations are only read; one buffer type serves both cases.
     take(arena, const_cast<Scalar*>(tensors.saved));
@@ -41,6 +45,8 @@ class BackwardPass {
     pass.take(arena, kept ? &pretend : nullptr);
     return arena.bytes();
   }
+
+  int threads() const { return options_.threads; }
 
   void run(const Team& team) {
     begin(team);
@@ -123,7 +129,7 @@ class BackwardPass {
   };
 
   BackwardPass(const LayerShape& shape, const Options& options)
-      : shape_(shape), options_(options), stages_(shape, nullptr) {}
+      : shape_(shape), options_(with_useful_threads<Scalar>(shape, options)), stages_(shape, nullptr) {}
 
   void take_own(Own& own, Arena& arena) const {
     const auto& geometry = stages_.geometry;
@@ -162,15 +168,13 @@ class BackwardPass {
     auto& z = stages_.z;
     z.pixels = pixels;
     z.slot_step = shape_.rows() * pixels;
-    if (saved) {
-      z.segment_step = shape_.batch * z.slot_step;
-      z.data = saved;
-    } else {
-      z.data = arena.take<Scalar>(slots * z.slot_step);
-    }
+    z.segment_step = slots * z.slot_step;
+    z.segments = saved ? shape_.segments : 1;
+    z.data = saved ? saved : arena.take<Scalar>(z.segment_step);
     gradient_ = arena.take<Scalar>(slots * pixels * shape_.channels);
     update_ = arena.take<Scalar>(slots * pixels * s);
     hidden_ = arena.take<Scalar>(slots * pixels * k);
+    inner_ = arena.take<Scalar>(slots * pixels * k);
     shortcut_ = arena.take<Scalar>(shape_.shortcut ? slots * pixels * s : 0);
     packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
     packed_ = arena.take<Scalar>(2 * packed_step_);
@@ -195,6 +199,9 @@ class BackwardPass {
   }
   Scalar* hidden_tile(int64_t image, int64_t tile) const {
     return hidden_ + (image * stages_.geometry.tiles + tile) * shape_.hidden() * T;
+  }
+  Scalar* inner_tile(int64_t image, int64_t tile) const {
+    return inner_ + (image * stages_.geometry.tiles + tile) * shape_.hidden() * T;
   }
   Scalar* shortcut_tile(int64_t image, int64_t tile) const {
     return shortcut_ + (image * stages_.geometry.tiles + tile) * shape_.segment() * T;
@@ -232,12 +239,10 @@ class BackwardPass {
       // Lanes beyond the channels are multiplied though nobody reads them: zeros are faster than denormals or NaN.
       for (int64_t j = 0; j < input_pixels_size(); ++j) mine.input_pixels[j] = 0;
     }
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-        load_tile(stages_.geometry, tensors_.y, image, tile, 0, shape_.channels, stages_.state_tile(image, tile));
-        load_tile(stages_.geometry, tensors_.grad_y, image, tile, 0, shape_.channels, gradient_tile(image, tile));
-      }
-    }
+    stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
+      load_tile(stages_.geometry, tensors_.y, image, tile, 0, shape_.channels, stages_.state_tile(image, tile));
+      load_tile(stages_.geometry, tensors_.grad_y, image, tile, 0, shape_.channels, gradient_tile(image, tile));
+    });
   }
 
   void set_affine(const Own& mine, int64_t i) const {
@@ -249,21 +254,25 @@ class BackwardPass {
   }
 
   // Segment i as its update saw it: the state before it, and everything the update computed from that.
-  void restore(const Own& mine, int64_t i, int64_t image) const {
-    const int64_t s = shape_.segment(), tiles = stages_.geometry.tiles;
+  void restore(const Team& team, const Own& mine, int64_t i) const {
+    const int64_t s = shape_.segment();
     const auto& affine = mine.scratch.affine;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+    stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
       load_tile(stages_.geometry, tensors_.x, image, tile, i * s, s, stages_.state_tile(image, tile) + i * s * T);
-    }
+    });
     for (int64_t m = 0; m < shape_.units; ++m) {
       if (!kept_) {
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          stages_.reduce_tile_stage(i, m, image, tile, stages_.packed(packed(i), m, 0), nullptr);
-        }
-        stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), affine, mine.scratch, nullptr);
-        stages_.project(i, m, image, stages_.packed(packed(i), m, 2), affine, mine.scratch, nullptr);
+        stages_.for_own_pieces(
+            team, [&](const Piece& piece) { stages_.reduce(i, m, piece, stages_.packed(packed(i), m, 0)); });
+        if (stages_.cuts_images(team)) team.barrier();
       }
-      if (m < shape_.units - 1) stages_.emit(i, m, image, affine);
+      stages_.for_own_pieces(team, [&](const Piece& piece) {
+        if (!kept_) {
+          stages_.spatial(i, m, piece, stages_.packed(packed(i), m, 1), affine, mine.scratch, nullptr);
+          stages_.project(i, m, piece, stages_.packed(packed(i), m, 2), affine, mine.scratch, nullptr);
+        }
+        if (m < shape_.units - 1) stages_.emit(i, m, piece, affine);
+      });
     }
   }
 
@@ -357,18 +366,16 @@ class BackwardPass {
     const Scalar *mean = mine.scratch.affine.mean + rows.row[0],
                  *shortcut_mean = mine.scratch.affine.mean + rows.row[1];
     sums.clear(rows.total());
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      if (enters) restore(mine, i, image);
-      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-        Scalar* d = update_tile(image, tile);
-        if (enters) take_gradient(i, image, tile, d);
-        sums.add(0, d, stages_.project_tile(i, m, image, tile), mean, s);
-        if (shape_.projects(m)) {
-          sums.add(s, d, stages_.shortcut_tile(i, image, tile), shortcut_mean, s);
-        }
-        sums.finish_tile(rows.total());
+    if (enters) restore(team, mine, i);
+    stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
+      Scalar* d = update_tile(image, tile);
+      if (enters) take_gradient(i, image, tile, d);
+      sums.add(0, d, stages_.project_tile(i, m, image, tile), mean, s);
+      if (shape_.projects(m)) {
+        sums.add(s, d, stages_.shortcut_tile(i, image, tile), shortcut_mean, s);
       }
-    }
+      sums.finish_tile(rows.total());
+    });
     post(team, 0, sums, rows.total());
   }
 
@@ -390,29 +397,27 @@ class BackwardPass {
     const auto& sums = mine.sums;
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.project[m > 0];
     sums.clear(k);
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-        const Scalar *d = update_tile(image, tile), *z2 = stages_.spatial_tile(i, m, image, tile);
-        Scalar* d2 = hidden_tile(image, tile);
-        batch_norm_backward<Scalar>(d, stages_.project_tile(i, m, image, tile), affine.mean + stages_.project_row(m),
-                                    mine.slope, 0, s, mask(tile), mine.gradient);
-        if (shape_.projects(m)) {
-          batch_norm_backward<Scalar>(d, stages_.shortcut_tile(i, image, tile), affine.mean + stages_.shortcut_row(),
-                                      mine.slope, s, s, mask(tile), shortcut_tile(image, tile));
-        }
-        gemm_rows<Scalar, Into::store>(w, k, mine.gradient, s, d2);
-        activate_backward<Scalar>(d2, z2, norm, k, mask(tile));
-        sums.add(0, d2, z2, norm.mean, k);
-        sums.finish_tile(k);
-        if (!options_.need_parameters) continue;
-        activate<Scalar>(z2, norm, k, mask(tile), mine.scratch.hidden);
-        transpose_tile<Scalar>(mine.scratch.hidden, k,
-                               [&](int64_t pixel) { return mine.input_pixels + pixel * gradients_.project_lanes; });
-        transpose_tile<Scalar>(mine.gradient, s, [&](int64_t pixel) { return mine.gradient_pixels + pixel * s; });
-        outer_rows<Scalar>({1, T, 0, s, 0, gradients_.project_lanes}, mine.gradient_pixels, s, mine.input_pixels,
-                           gradients_.project_lanes, weights, gradients_.project_lanes);
+    stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
+      const Scalar *d = update_tile(image, tile), *z2 = stages_.spatial_tile(i, m, image, tile);
+      Scalar* d2 = hidden_tile(image, tile);
+      batch_norm_backward<Scalar>(d, stages_.project_tile(i, m, image, tile), affine.mean + stages_.project_row(m),
+                                  mine.slope, 0, s, mask(tile), mine.gradient);
+      if (shape_.projects(m)) {
+        batch_norm_backward<Scalar>(d, stages_.shortcut_tile(i, image, tile), affine.mean + stages_.shortcut_row(),
+                                    mine.slope, s, s, mask(tile), shortcut_tile(image, tile));
       }
-    }
+      gemm_rows<Scalar, Into::store>(w, k, mine.gradient, s, d2);
+      activate_backward<Scalar>(d2, z2, norm, k, mask(tile));
+      sums.add(0, d2, z2, norm.mean, k);
+      sums.finish_tile(k);
+      if (!options_.need_parameters) return;
+      activate<Scalar>(z2, norm, k, mask(tile), mine.scratch.hidden);
+      transpose_tile<Scalar>(mine.scratch.hidden, k,
+                             [&](int64_t pixel) { return mine.input_pixels + pixel * gradients_.project_lanes; });
+      transpose_tile<Scalar>(mine.gradient, s, [&](int64_t pixel) { return mine.gradient_pixels + pixel * s; });
+      outer_rows<Scalar>({1, T, 0, s, 0, gradients_.project_lanes}, mine.gradient_pixels, s, mine.input_pixels,
+                         gradients_.project_lanes, weights, gradients_.project_lanes);
+    });
     post(team, 1, sums, k);
   }
 
@@ -426,8 +431,10 @@ class BackwardPass {
     const auto& sums = mine.sums;
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.spatial[m > 0];
     sums.clear(k);
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+    stages_.for_own_pieces(team, [&](const Piece& piece) {
+      const int64_t image = piece.slot, first_row = piece.first * T / row;
+      const Piece around = with_neighbours(geometry, piece);
+      for (int64_t tile = around.first; tile < around.last; ++tile) {
         batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.spatial_tile(i, m, image, tile),
                                     affine.mean + stages_.spatial_row(m), mine.slope, 0, k, mask(tile), mine.gradient);
         for (int64_t c = 0; c < k; ++c) {
@@ -445,23 +452,23 @@ class BackwardPass {
       }
       if (options_.need_parameters) {
         // The three taps of a row are neighbours in memory, so lanes run over (dx, input channel).
-        const PixelRuns runs{geometry.height, row, row * k, k, hidden_line(), k};
+        const int64_t last_row = smaller(piece.last * T / row, geometry.height);
+        const PixelRuns runs{last_row - first_row, row, row * k, k, hidden_line(), k};
         for (int64_t dy = 0; dy < 3; ++dy) {
-          outer_rows<Scalar>(runs, mine.gradient_pixels, k, mine.hidden_pixels + dy * hidden_line(),
-                             gradients_.spatial_lanes, weights + dy * k * gradients_.spatial_lanes,
-                             gradients_.spatial_lanes);
+          outer_rows<Scalar>(runs, mine.gradient_pixels + first_row * row * k, k,
+                             mine.hidden_pixels + (first_row + dy) * hidden_line(), gradients_.spatial_lanes,
+                             weights + dy * k * gradients_.spatial_lanes, gradients_.spatial_lanes);
         }
       }
-      mine.transposed.run(
-          w, k, [&](int64_t tile) { return hidden_tile(image, tile); },
-          [&](int64_t tile) {
-            Scalar* d1 = hidden_tile(image, tile);
-            const Scalar* z1 = stages_.reduce_tile(i, m, image, tile);
-            activate_backward<Scalar>(d1, z1, norm, k, mask(tile));
-            sums.add(0, d1, z1, norm.mean, k);
-            sums.finish_tile(k);
-          });
-    }
+      const auto d1_of = [&](int64_t tile) { return inner_tile(image, tile); };
+      mine.transposed.run(w, k, piece, d1_of, [&](int64_t tile) {
+        Scalar* d1 = d1_of(tile);
+        const Scalar* z1 = stages_.reduce_tile(i, m, image, tile);
+        activate_backward<Scalar>(d1, z1, norm, k, mask(tile));
+        sums.add(0, d1, z1, norm.mean, k);
+        sums.finish_tile(k);
+      });
+    });
     post(team, 2, sums, k);
   }
 
@@ -472,12 +479,13 @@ class BackwardPass {
     const Scalar* mean = mine.scratch.affine.mean + stages_.reduce_row(m);
     const Scalar* w = stages_.packed(transposed(i), m, 0);
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m);
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      for (int64_t first = 0; first < stages_.geometry.tiles; first += chunk_tiles_) {
-        const int64_t last = smaller(first + chunk_tiles_, stages_.geometry.tiles);
+    stages_.for_own_pieces(team, [&](const Piece& piece) {
+      const int64_t image = piece.slot;
+      for (int64_t first = piece.first; first < piece.last; first += chunk_tiles_) {
+        const int64_t last = smaller(first + chunk_tiles_, piece.last);
         for (int64_t tile = first; tile < last; ++tile) {
-          batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.reduce_tile(i, m, image, tile), mean,
-                                      mine.slope, 0, k, mask(tile), mine.gradient);
+          batch_norm_backward<Scalar>(inner_tile(image, tile), stages_.reduce_tile(i, m, image, tile), mean, mine.slope,
+                                      0, k, mask(tile), mine.gradient);
           if (shape_.projects(m)) {
             const Scalar* from = shortcut_tile(image, tile);
             for (int64_t j = 0; j < s * T; ++j) mine.gradient[k * T + j] = from[j];
@@ -501,7 +509,7 @@ class BackwardPass {
                              round_up(smaller(T, n - c), L), weights + c * rows, T);
         }
       }
-    }
+    });
   }
 
   // Sums segment i's weight gradients over the threads, in order; each thread takes a share of the rows.
@@ -543,23 +551,22 @@ class BackwardPass {
     team.barrier();
     combine_weights(team, 0);
     if (!options_.need_input) return;
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-        store_tile(stages_.geometry, tensors_.grad_x, image, tile, shape_.channels,
-                   static_cast<const Scalar*>(gradient_tile(image, tile)));
-      }
-    }
+    stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
+      store_tile(stages_.geometry, tensors_.grad_x, image, tile, shape_.channels,
+                 static_cast<const Scalar*>(gradient_tile(image, tile)));
+    });
   }
 
   const LayerShape& shape_;
-  const Options& options_;
+  const Options options_;
   Tensors tensors_{};
   Stages<Precision> stages_;
   GradientLayout gradients_{shape_};
   bool kept_ = false;
   Scalar* gradient_ = nullptr;  // G: the gradient of the state
   Scalar* update_ = nullptr;    // d: the gradient of a unit's output
-  Scalar* hidden_ = nullptr;    // gradients of z2, then of z1, before their batch norms
+  Scalar* hidden_ = nullptr;    // gradient of z2, before its batch norm
+  Scalar* inner_ = nullptr;     // the same of z1
   Scalar* shortcut_ = nullptr;  // dz of the shortcut, made before its turn
   Scalar *packed_ = nullptr, *transposed_ = nullptr;
   int64_t packed_step_ = 0;

@@ -43,7 +43,7 @@ struct Moments {
     }
     *counts = {0, 0, 0};
   }
-  // Adds one tile. The very first must begin with a pixel of the image, as every image's first tile does.
+  // Adds one tile. The very first must begin with a pixel of the image, as every tile does.
   GUNN_NOINLINE void add(const Scalar* z, int64_t rows, const typename Simd<Scalar>::Int* mask) const {
     constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
     const bool first = counts->merged == 0;

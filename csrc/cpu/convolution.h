@@ -64,21 +64,23 @@ struct Convolution {
     }
   }
 
-  // All rows of the output, a group of tiles at a time: out(tile) is where a tile's go, done(tile) follows when they
-  // are there. Padding pixels come out as garbage; whoever reads them masks.
+  // All rows of a piece's output: out(tile) is where a tile's go, done(tile) follows when they are there. Padding
+  // pixels come out as garbage; whoever reads them masks.
   template <class Out, class Done>
-  GUNN_INLINE void run(const Scalar* w, int64_t rows, const Out& out, const Done& done) const {
+  GUNN_INLINE void run(const Scalar* w, int64_t rows, const Piece& piece, const Out& out, const Done& done) const {
     if (!winograd) {
-      for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
+      for (int64_t tile = piece.first; tile < piece.last; ++tile) {
         conv3x3_rows<Scalar>(geometry, padded, w, rows, tile, out(tile));
         done(tile);
       }
       return;
     }
     const int64_t step = patches.tiles_of_group();
-    for (int64_t group = 0; group < patches.groups; ++group) {
-      patches.convolve(group, w, rows, out);
-      for (int64_t tile = group * step; tile < smaller((group + 1) * step, geometry.tiles); ++tile) done(tile);
+    for (int64_t first = piece.first / step * step; first < piece.last; first += step) {
+      const int64_t begin = larger(first, piece.first), end = smaller(first + step, piece.last);
+      patches.convolve(first / step, w, rows,
+                       [&](int64_t tile) -> Scalar* { return tile >= begin && tile < end ? out(tile) : nullptr; });
+      for (int64_t tile = begin; tile < end; ++tile) done(tile);
     }
   }
 };

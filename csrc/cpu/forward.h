@@ -1,7 +1,9 @@
 // The forward pass: drivers over the stages.
 //
-// Batch statistics: segments outside, images inside, three exchanges of statistics per segment and unit, each one
-// barrier. Given statistics: nothing to exchange, so images outside and segments inside: an image stays in the cache.
+// Batch statistics: segments outside, pieces of images inside, three exchanges of statistics per segment and unit, each
+// one barrier. Given statistics: nothing to exchange, so images outside and segments inside: an image stays in the
+// cache. Images that are left when every thread has had as many are shared: one barrier per segment and unit, before
+// the 3x3 reads its neighbours' z1, of which two sets take turns.
 #pragma once
 
 #include "cpu/stages.h"
@@ -16,7 +18,10 @@ class ForwardPass {
 
  public:
   ForwardPass(const LayerShape& shape, const Options& options, const Tensors& tensors)
-      : shape_(shape), options_(options), tensors_(tensors), stages_(shape, tensors.units) {
+      : shape_(shape),
+        options_(with_useful_threads<Scalar>(shape, options)),
+        tensors_(tensors),
+        stages_(shape, tensors.units) {
     Arena arena(tensors.workspace);
     take(arena, tensors.saved);
   }
@@ -29,11 +34,13 @@ class ForwardPass {
     return arena.bytes();
   }
 
+  int threads() const { return options_.threads; }
+
   void run(const Team& team) {
     begin(team);
     team.barrier();
     if (by_image()) {
-      for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) evaluate(team, image);
+      evaluate(team);
       return;
     }
     for (int64_t i = 0; i < shape_.segments; ++i) {
@@ -81,30 +88,28 @@ class ForwardPass {
   };
 
   ForwardPass(const LayerShape& shape, const Options& options)
-      : shape_(shape), options_(options), stages_(shape, nullptr) {}
+      : shape_(shape), options_(with_useful_threads<Scalar>(shape, options)), stages_(shape, nullptr) {}
 
   bool by_image() const { return !options_.batch_statistics && !options_.stepwise; }
 
   void take(Arena& arena, Scalar* saved) {
     const int64_t threads = options_.threads;
-    const int64_t slots = by_image() && !saved ? threads : shape_.batch;
+    const bool reuses_slots = by_image() && !saved;
+    const int64_t slots = reuses_slots ? smaller(threads, shape_.batch) : shape_.batch;
     stages_.take(arena, slots);
     auto& z = stages_.z;
     z.pixels = stages_.geometry.pixels;
     z.slot_step = shape_.rows() * z.pixels;
-    if (saved) {
-      z.segment_step = shape_.batch * z.slot_step;
-      z.data = saved;
-    } else {
-      z.data = arena.take<Scalar>(slots * z.slot_step);
-    }
+    z.segment_step = slots * z.slot_step;
+    z.segments = saved ? shape_.segments : reuses_slots && threads > 1 ? 2 : 1;
+    z.data = saved ? saved : arena.take<Scalar>(z.segments * z.segment_step);
     kept_ = saved != nullptr;
     packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
     packed_count_ = by_image() ? shape_.segments : 2;
     packed_ = arena.take<Scalar>(packed_count_ * packed_step_);
     table_.take(arena, by_image() ? shape_.segments * shape_.rows() : 0);
     for (auto& slot : partials_) {
-      slot = arena.take<double>(threads * 2 * (shape_.hidden() + shape_.segment()));
+      slot = arena.take<double>(threads * partial_size());
     }
     // Threads' own pieces come last, at a fixed step.
     Arena one(nullptr);
@@ -140,64 +145,84 @@ class ForwardPass {
       }
       return;
     }
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) load_image(image, image);
+    stages_.for_own_pieces(team, [&](const Piece& piece) { load(piece, piece.slot); });
     if (!options_.stepwise) pack(0, team.index, team.size);
   }
 
-  void load_image(int64_t image, int64_t slot) const {
-    for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-      load_tile(stages_.geometry, tensors_.x, image, tile, 0, shape_.channels, stages_.state_tile(slot, tile));
+  void load(const Piece& piece, int64_t image) const {
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) {
+      load_tile(stages_.geometry, tensors_.x, image, tile, 0, shape_.channels, stages_.state_tile(piece.slot, tile));
     }
   }
-  void store_image(int64_t image, int64_t slot) const {
-    for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
+  void store(const Piece& piece, int64_t image) const {
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) {
       store_tile(stages_.geometry, tensors_.y, image, tile, shape_.channels,
-                 static_cast<const Scalar*>(stages_.state_tile(slot, tile)));
+                 static_cast<const Scalar*>(stages_.state_tile(piece.slot, tile)));
     }
   }
 
-  void evaluate(const Team& team, int64_t image) const {
-    const int64_t slot = kept_ ? image : team.index;
+  void evaluate(const Team& team) const {
+    const int64_t bands = stages_.geometry.bands;
+    const int64_t shared = shape_.batch % team.size, whole = shape_.batch - shared;
+    for (int64_t image = team.begin(whole); image < team.end(whole); ++image) {
+      const int64_t slot = kept_ ? image : team.index;
+      evaluate(team, slot * bands, (slot + 1) * bands, image - slot, false);
+    }
+    if (shared == 0) return;
+    team.barrier();  // slots change hands
+    const int64_t slot = kept_ ? whole : 0, first = slot * bands;
+    evaluate(team, first + team.begin(shared * bands), first + team.end(shared * bands), whole - slot, true);
+  }
+  // Takes bands [first, last) of the slots through all segments; slot 0 holds image `image`.
+  void evaluate(const Team& team, int64_t first, int64_t last, int64_t image, bool shared) const {
     const Own mine = own(team.index);
-    load_image(image, slot);
+    const auto for_pieces = [&](auto visit) { for_each_piece(stages_.geometry, first, last, visit); };
+    for_pieces([&](const Piece& piece) { load(piece, image + piece.slot); });
     for (int64_t i = 0; i < shape_.segments; ++i) {
       const Affine<Scalar> affine = table_.at(i * shape_.rows());
       for (int64_t m = 0; m < shape_.units; ++m) {
-        for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-          stages_.reduce_tile_stage(i, m, slot, tile, stages_.packed(packed(i), m, 0), nullptr);
-          stages_.put_hidden(i, m, slot, tile, affine, mine.convolution);
-        }
-        // The rest tile by tile, while z2 is in the first cache.
-        const Scalar* w = stages_.packed(packed(i), m, 2);
-        stages_.convolve(i, m, slot, stages_.packed(packed(i), m, 1), mine.convolution, [&](int64_t tile) {
-          stages_.project_tile_stage(i, m, slot, tile, w, affine, mine, nullptr);
-          stages_.emit_tile(i, m, slot, tile, affine);
+        const Scalar *reduce = stages_.packed(packed(i), m, 0), *spatial = stages_.packed(packed(i), m, 1),
+                     *project = stages_.packed(packed(i), m, 2);
+        for_pieces([&](const Piece& piece) {
+          for (int64_t tile = piece.first; tile < piece.last; ++tile) {
+            stages_.reduce_tile_stage(i, m, piece.slot, tile, reduce, nullptr);
+            if (!shared) stages_.put_hidden(i, m, piece.slot, tile, affine, mine.convolution);
+          }
+        });
+        if (shared) team.barrier();
+        for_pieces([&](const Piece& piece) {
+          if (shared) stages_.put_hidden(i, m, piece, affine, mine.convolution);
+          // The rest tile by tile, while z2 is in the first cache.
+          stages_.convolve(i, m, piece, spatial, mine.convolution, [&](int64_t tile) {
+            stages_.project_tile_stage(i, m, piece.slot, tile, project, affine, mine, nullptr);
+            stages_.emit_tile(i, m, piece.slot, tile, affine);
+          });
         });
       }
     }
-    store_image(image, slot);
+    for_pieces([&](const Piece& piece) { store(piece, image + piece.slot); });
   }
 
-  // Posts this thread's mean and sum of squared deviations; combined once all threads have posted.
-  double* partial(int slot, int thread) const {
-    return partials_[slot] + thread * 2 * (shape_.hidden() + shape_.segment());
-  }
+  // Posts this thread's count, means and sums of squared deviations; combined once all threads have posted.
+  int64_t partial_size() const { return 1 + 2 * (shape_.hidden() + shape_.segment()); }
+  double* partial(int slot, int thread) const { return partials_[slot] + thread * partial_size(); }
   void post(const Team& team, int slot, const Moments<Scalar>& moments, int64_t rows) const {
     moments.merge(rows);
     double* to = partial(slot, team.index);
+    *to++ = moments.counts->merged;
     for (int64_t r = 0; r < rows; ++r) to[2 * r] = moments.mean[r], to[2 * r + 1] = moments.squares[r];
   }
   void combine(const Team& team, int slot, int64_t r, Scalar* mean, Scalar* var) const {
-    const auto pixels = [&](int thread) {
-      const int64_t images = share(shape_.batch, thread + 1, team.size) - share(shape_.batch, thread, team.size);
-      return static_cast<double>(images * shape_.height * shape_.width);
-    };
     const double total = static_cast<double>(shape_.batch * shape_.height * shape_.width);
     double centre = 0, squares = 0;
-    for (int thread = 0; thread < team.size; ++thread) centre += pixels(thread) / total * partial(slot, thread)[2 * r];
     for (int thread = 0; thread < team.size; ++thread) {
-      const double* of = partial(slot, thread) + 2 * r;
-      squares += of[1] + pixels(thread) * (of[0] - centre) * (of[0] - centre);
+      const double* of = partial(slot, thread);
+      centre += of[0] / total * of[1 + 2 * r];
+    }
+    for (int thread = 0; thread < team.size; ++thread) {
+      const double* of = partial(slot, thread);
+      const double apart = of[1 + 2 * r] - centre;
+      squares += of[2 + 2 * r] + of[0] * apart * apart;
     }
     *mean = static_cast<Scalar>(centre);
     *var = static_cast<Scalar>(squares < 0 ? 0 : squares / total);  // rounding may go below 0; NaN passes
@@ -247,12 +272,10 @@ class ForwardPass {
     const Scalar* w = stages_.packed(packed(i), m, 0);
     const int64_t rows = stages_.reduce_rows(m);
     mine.moments.clear(rows);
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      for (int64_t tile = 0; tile < stages_.geometry.tiles; ++tile) {
-        if (pending) stages_.emit_tile(pi, pm, image, tile, mine.affine);
-        stages_.reduce_tile_stage(i, m, image, tile, w, &mine.moments);
-      }
-    }
+    stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
+      if (pending) stages_.emit_tile(pi, pm, image, tile, mine.affine);
+      stages_.reduce_tile_stage(i, m, image, tile, w, &mine.moments);
+    });
     post(team, 0, mine.moments, rows);
   }
 
@@ -261,9 +284,9 @@ class ForwardPass {
     settle(team, mine, 0, i, stages_.reduce_row(m), stages_.reduce_rows(m));
     const int64_t rows = shape_.hidden();
     mine.moments.clear(rows);
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      stages_.spatial(i, m, image, stages_.packed(packed(i), m, 1), mine.affine, mine, &mine.moments);
-    }
+    stages_.for_own_pieces(team, [&](const Piece& piece) {
+      stages_.spatial(i, m, piece, stages_.packed(packed(i), m, 1), mine.affine, mine, &mine.moments);
+    });
     post(team, 1, mine.moments, rows);
   }
 
@@ -272,9 +295,9 @@ class ForwardPass {
     settle(team, mine, 1, i, stages_.spatial_row(m), shape_.hidden());
     const int64_t rows = shape_.segment();
     mine.moments.clear(rows);
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      stages_.project(i, m, image, stages_.packed(packed(i), m, 2), mine.affine, mine, &mine.moments);
-    }
+    stages_.for_own_pieces(team, [&](const Piece& piece) {
+      stages_.project(i, m, piece, stages_.packed(packed(i), m, 2), mine.affine, mine, &mine.moments);
+    });
     post(team, 2, mine.moments, rows);
   }
 
@@ -282,14 +305,14 @@ class ForwardPass {
     const Own mine = own(team.index);
     int64_t pi = 0, pm = 0;
     previous(team, mine, shape_.segments, 0, &pi, &pm);
-    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
-      stages_.emit(pi, pm, image, mine.affine);
-      store_image(image, image);
-    }
+    stages_.for_own_pieces(team, [&](const Piece& piece) {
+      stages_.emit(pi, pm, piece, mine.affine);
+      store(piece, piece.slot);
+    });
   }
 
   const LayerShape& shape_;
-  const Options& options_;
+  const Options options_;
   Tensors tensors_{};
   Stages<Precision> stages_;
   bool kept_ = false;

@@ -31,27 +31,27 @@ Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
 template <class Precision>
 void forward(const LayerShape& shape, const Options& options, const typename Precision::Forward& tensors) {
   ForwardPass<Precision> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.run(team); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.run(team); });
 }
 
 template <class Precision>
 void forward_step(const LayerShape& shape, const Options& options, const typename Precision::Forward& tensors,
                   Forward which, int64_t segment, int64_t unit) {
   ForwardPass<Precision> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.step(team, which, segment, unit); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.step(team, which, segment, unit); });
 }
 
 template <class Precision>
 void backward(const LayerShape& shape, const Options& options, const typename Precision::Backward& tensors) {
   BackwardPass<Precision> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.run(team); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.run(team); });
 }
 
 template <class Precision>
 void backward_step(const LayerShape& shape, const Options& options, const typename Precision::Backward& tensors,
                    Backward which, int64_t segment, int64_t unit) {
   BackwardPass<Precision> pass(shape, options, tensors);
-  in_parallel(options.threads, [&](const Team& team) { pass.step(team, which, segment, unit); });
+  in_parallel(pass.threads(), [&](const Team& team) { pass.step(team, which, segment, unit); });
 }
 
 inline DriverNames drivers(const LayerShape&, const Options&, bool) { return {"fused", "fused"}; }

@@ -5,8 +5,12 @@
 //   project   z3 = W3 · relu(bn(z2))
 //   emit      h = bn(z3) [+ bn(shortcut)] [+ h before it]; after the last unit: state[c_i] (+)= h
 //
-// Each image belongs to one thread. z1, z2, z3 lie in one buffer as [slot][unit row][tile][row][pixel]: a slot is an
-// image where they are needed again, a thread where they are not; keeping them for the backward is only a stride.
+// Threads deal out the bands of all images in contiguous pieces: whole images where the batch divides by the threads. A
+// stage touches its own tiles only, but for the 3x3, which reads z1 (and in the backward dz2) of the rows next to a
+// piece; a thread activates those once more in an image of its own.
+//
+// z1, z2, z3 lie in one buffer as [slot][unit row][tile][row][pixel]: a slot is an image where they are needed again, a
+// thread where they are not; keeping them for the backward is only a stride.
 #pragma once
 
 #include "cpu/batch_norm.h"
@@ -17,6 +21,14 @@
 
 namespace gunn {
 namespace {
+
+// Threads beyond the bands of a batch would have nothing to do.
+template <class Scalar>
+Options with_useful_threads(const LayerShape& shape, Options options) {
+  const int64_t bands = shape.batch * Geometry<Scalar>(shape).bands;
+  options.threads = static_cast<int>(smaller(options.threads, bands));
+  return options;
+}
 
 // Where the packed weights of one segment lie.
 struct PackedLayout {
@@ -40,12 +52,13 @@ struct PackedLayout {
 template <class Scalar>
 struct PreActivations {
   Scalar* data = nullptr;
-  int64_t segment_step = 0;  // 0: the next segment overwrites
+  int64_t segments = 1;  // kept at once: segment i overwrites segment i - segments
+  int64_t segment_step = 0;
   int64_t slot_step = 0;
   int64_t pixels = 0;
 
   Scalar* at(int64_t segment, int64_t slot, int64_t row) const {
-    return data + segment * segment_step + slot * slot_step + row * pixels;
+    return data + segment % segments * segment_step + slot * slot_step + row * pixels;
   }
 };
 
@@ -92,6 +105,21 @@ struct Stages {
     state = arena.take<Scalar>(slots * state_size());
     outputs = arena.take<Scalar>((shape.units - 1) * slots * output_size());
   }
+
+  // Calls visit(Piece) for this thread's pieces of the batch.
+  template <class Visit>
+  GUNN_INLINE void for_own_pieces(const Team& team, Visit visit) const {
+    const int64_t bands = shape.batch * geometry.bands;
+    for_each_piece(geometry, team.begin(bands), team.end(bands), visit);
+  }
+  template <class Visit>
+  GUNN_INLINE void for_own_tiles(const Team& team, Visit visit) const {
+    for_own_pieces(team, [&](const Piece& piece) {
+      for (int64_t tile = piece.first; tile < piece.last; ++tile) visit(piece.slot, tile);
+    });
+  }
+  // Whether threads share images.
+  bool cuts_images(const Team& team) const { return shape.batch % team.size != 0; }
 
   int64_t state_size() const { return geometry.pixels * shape.channels; }
   int64_t output_size() const { return geometry.pixels * shape.segment(); }
@@ -198,8 +226,8 @@ struct Stages {
       }
     }
   }
-  void emit(int64_t i, int64_t m, int64_t slot, const Affine<Scalar>& affine) const {
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) emit_tile(i, m, slot, tile, affine);
+  void emit(int64_t i, int64_t m, const Piece& piece, const Affine<Scalar>& affine) const {
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) emit_tile(i, m, piece.slot, tile, affine);
   }
 
   // `moments`, where given, take in what the stage computes.
@@ -211,26 +239,40 @@ struct Stages {
     if (moments) moments->add(z1, rows, mask + tile * T);
   }
 
-  // relu(bn(z1)) of one tile, for the 3x3 convolution.
+  // relu(bn(z1)) of one tile, for the 3x3 convolution; of a piece, with the rows around it.
   void put_hidden(int64_t i, int64_t m, int64_t slot, int64_t tile, const Affine<Scalar>& affine,
                   const Convolution<Scalar>& convolution) const {
     for_activated<Scalar>(
         reduce_tile(i, m, slot, tile), affine.at(reduce_row(m)), shape.hidden(), mask + tile * T,
         [&](int64_t c, Vector<Scalar> first, Vector<Scalar> second) { convolution.put(tile, c, first, second); });
   }
-
-  // z2 of a whole image whose hidden tiles are put; done(tile) follows where a tile is ready.
-  template <class Done>
-  void convolve(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Convolution<Scalar>& convolution,
-                const Done& done) const {
-    convolution.run(w, shape.hidden(), [&](int64_t tile) { return spatial_tile(i, m, slot, tile); }, done);
+  void put_hidden(int64_t i, int64_t m, const Piece& piece, const Affine<Scalar>& affine,
+                  const Convolution<Scalar>& convolution) const {
+    const Piece around = with_neighbours(geometry, piece);
+    for (int64_t tile = around.first; tile < around.last; ++tile) {
+      put_hidden(i, m, piece.slot, tile, affine, convolution);
+    }
   }
 
-  void spatial(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
+  // z2 of a piece whose hidden tiles are put; done(tile) follows where a tile is ready.
+  template <class Done>
+  void convolve(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Convolution<Scalar>& convolution,
+                const Done& done) const {
+    const auto z2 = [&](int64_t tile) { return spatial_tile(i, m, piece.slot, tile); };
+    convolution.run(w, shape.hidden(), piece, z2, done);
+  }
+
+  void reduce(int64_t i, int64_t m, const Piece& piece, const Scalar* w) const {
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) {
+      reduce_tile_stage(i, m, piece.slot, tile, w, nullptr);
+    }
+  }
+
+  void spatial(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Affine<Scalar>& affine,
                const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) put_hidden(i, m, slot, tile, affine, scratch.convolution);
-    convolve(i, m, slot, w, scratch.convolution, [&](int64_t tile) {
-      if (moments) moments->add(spatial_tile(i, m, slot, tile), shape.hidden(), mask + tile * T);
+    put_hidden(i, m, piece, affine, scratch.convolution);
+    convolve(i, m, piece, w, scratch.convolution, [&](int64_t tile) {
+      if (moments) moments->add(spatial_tile(i, m, piece.slot, tile), shape.hidden(), mask + tile * T);
     });
   }
 
@@ -243,10 +285,10 @@ struct Stages {
     gemm_rows<Scalar, Into::store>(w, s, scratch.hidden, k, z3);
     if (moments) moments->add(z3, s, mask + tile * T);
   }
-  void project(int64_t i, int64_t m, int64_t slot, const Scalar* w, const Affine<Scalar>& affine,
+  void project(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Affine<Scalar>& affine,
                const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
-    for (int64_t tile = 0; tile < geometry.tiles; ++tile) {
-      project_tile_stage(i, m, slot, tile, w, affine, scratch, moments);
+    for (int64_t tile = piece.first; tile < piece.last; ++tile) {
+      project_tile_stage(i, m, piece.slot, tile, w, affine, scratch, moments);
     }
   }
 };

@@ -33,6 +33,8 @@ struct Geometry {
   int64_t tiles;   // of one image
   int64_t pixels;  // tiles * tile
   int64_t rows;    // rows that the tiles cover, those below the image included
+  int64_t band;    // tiles that hold an even number of whole rows: what threads deal out
+  int64_t bands;   // of one image; the last may be shorter
 
   explicit Geometry(const LayerShape& shape) : height(shape.height), width(shape.width) {
     halves = lanes >= 8 && width <= lanes / 2;
@@ -40,9 +42,33 @@ struct Geometry {
     tiles = (round_up(height * row, tile)) / tile;
     pixels = tiles * tile;
     rows = (pixels + row - 1) / row;
+    band = larger(1, 2 * row / tile);
+    bands = (tiles + band - 1) / band;
   }
   bool inside(int64_t pixel) const { return pixel % row < width && pixel / row < height; }
 };
+
+// Tiles [first, last) of one slot: whole bands of an image.
+struct Piece {
+  int64_t slot, first, last;
+};
+
+// The piece and every tile that holds a row next to its own.
+template <class Scalar>
+Piece with_neighbours(const Geometry<Scalar>& geometry, const Piece& piece) {
+  const int64_t above = piece.first * geometry.tile - geometry.row, below = piece.last * geometry.tile + geometry.row;
+  return {piece.slot, larger(0, above) / geometry.tile, smaller(geometry.tiles, (below - 1) / geometry.tile + 1)};
+}
+
+// Calls visit(Piece) for the part of each slot among bands [first, last), counted through all slots.
+template <class Scalar, class Visit>
+GUNN_INLINE void for_each_piece(const Geometry<Scalar>& geometry, int64_t first, int64_t last, Visit visit) {
+  for (int64_t band = first; band < last;) {
+    const int64_t begin = band % geometry.bands, end = smaller(geometry.bands, begin + last - band);
+    visit(Piece{band / geometry.bands, begin * geometry.band, smaller(end * geometry.band, geometry.tiles)});
+    band += end - begin;
+  }
+}
 
 // Calls visit(first pixel of the tile, image row, image column, count) for every run of real pixels in one tile.
 template <class Scalar, class Visit>

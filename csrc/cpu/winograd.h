@@ -87,7 +87,7 @@ struct WinogradImage {
   struct Destinations {
     Scalar* at[2][2];
   };
-  // out(tile) is the tile's first row; null beyond the image.
+  // out(tile) is the tile's first row; null where nobody asks for it.
   template <class Out>
   GUNN_INLINE Destinations destinations(int64_t vector, const Out& out) const {
     Destinations to;
@@ -95,13 +95,14 @@ struct WinogradImage {
       const int64_t patch = vector * L + half * (L / 2);
       for (int64_t r = 0; r < 2; ++r) {
         const int64_t pixel = (patch / across * 2 + r) * geometry.row + patch % across * 2, tile = pixel / T;
-        to.at[r][half] = tile < geometry.tiles ? out(tile) + pixel % T : nullptr;
+        Scalar* begin = out(tile);
+        to.at[r][half] = begin ? begin + pixel % T : nullptr;
       }
     }
     return to;
   }
 
-  // The convolution of one group, `rows` rows: tile t's go to out(t)[row][pixel]. Padding pixels come out as garbage.
+  // The convolution of one group, `rows` rows: tile t's go to out(t)[row][pixel], unless that is null.
   template <class Out>
   GUNN_INLINE void convolve(int64_t which, const Scalar* w, int64_t rows, const Out& out) const {
     for (int64_t v = 0; v < group; ++v) {
