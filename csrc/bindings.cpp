@@ -2,6 +2,9 @@
 // gunn_ext/ops.py checks the tensors and allocates every byte.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <array>
 #include <limits>
@@ -217,6 +220,16 @@ void backward(const LayerShape& shape, const Options& options, const std::string
   });
 }
 
+// Asks for large pages: the kernels run through all of a workspace again and again, and small pages of a fresh one cost
+// a fault each.
+void prefer_large_pages(Address begin, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr Address kPage = 2 << 20;
+  const Address first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  if (last > first) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);  // a hint: failing is fine
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = GUNN_VERSION;
@@ -261,6 +274,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("simd_level", &simd_level);
   m.def("sizes", &sizes, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
   m.def("drivers", &drivers, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
+  m.def("prefer_large_pages", &prefer_large_pages, "begin"_a, "bytes"_a);
   m.def("forward", &forward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "x"_a, "x_strides"_a, "y"_a,
         "y_strides"_a, "parameters"_a, "statistics"_a, "saved"_a, "workspace"_a, "step"_a = "", "segment"_a = 0,
         "unit"_a = 0, release);

@@ -255,7 +255,10 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _workspace(size: int, x: Tensor) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=x.device)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    if x.device.type == "cpu":
+        _core.prefer_large_pages(workspace.data_ptr(), size)
+    return workspace
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -112,6 +112,12 @@ GUNN_NOINLINE void gemm_block(const Scalar* w, const Scalar* x, int64_t inner, i
   constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
   Vector<Scalar> acc[R][2];
   clear<Scalar, R, 2>(acc);
+  if (into == Into::add) {  // a gradient that has left the cache since the last segment
+    GUNN_UNROLL for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(out + r * T, 1);
+      if constexpr (T * sizeof(Scalar) > 64) __builtin_prefetch(out + r * T + L, 1);
+    }
+  }
   if (ahead) {
     for (int64_t c = 0; c < inner; ++c) {
       __builtin_prefetch(x + (c + ahead) * T);
