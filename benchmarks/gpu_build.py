@@ -32,7 +32,12 @@ COMMON = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{SOURCES}"]
 CXX = ["-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 LEVEL = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-ignored-attributes"]
 AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
-LEVELS = {"baseline": (16, []), "avx2": (32, ["-mavx2", "-mfma"]), "avx512": (64, AVX512)}
+LEVELS = {
+    "baseline": (16, []),
+    "avx2": (32, ["-mavx2", "-mfma"]),
+    "avx512": (64, AVX512),
+    "avx512bf16": (64, [*AVX512, "-mavx512bf16"]),
+}
 
 
 def fail(message: str) -> None:

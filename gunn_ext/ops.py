@@ -762,7 +762,7 @@ def _step_call(
     found = _backend_of(x.device)
     if x.dtype not in LAYER_DTYPES or x.numel() == 0:
         raise ValueError(
-            f"steps of a layer run on the kernels: expected a non-empty tensor, {', '.join(map(_name, LAYER_DTYPES))}, "
+            "steps of a layer run on the kernels: expected a non-empty tensor, float64, float32, bfloat16 or float16, "
             f"got {tuple(x.shape)} {x.dtype}."
         )
     if not layer.gradual or not layer.uses_batch_statistics():

@@ -171,7 +171,7 @@ def test_info_names_version_and_instruction_set(capsys):
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     assert lines["gunn_ext"] == json.loads(run(capsys, "info", "--json")[1])["gunn_ext"]
     assert lines["torch"] == torch.__version__
-    assert lines["simd"] in ("avx512", "avx2", "baseline")
+    assert lines["simd"] in ("avx512bf16", "avx512", "avx2", "baseline")
 
 
 def test_help_and_unknown_commands(capsys):

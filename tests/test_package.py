@@ -21,7 +21,7 @@ def test_version_stands_in_one_place():
 def test_info_names_backends_and_why_one_is_missing():
     info = gunn_ext.info()
     assert "cpu" in info["backends"]
-    assert info["simd"] in ("avx512", "avx2", "baseline")
+    assert info["simd"] in ("avx512bf16", "avx512", "avx2", "baseline")
     assert info["threads"] >= 1
     if not info["cuda_kernels"]:
         assert "cuda" not in info["backends"]

@@ -25,6 +25,7 @@ namespace {
 template <class Precision>
 class BackwardPass {
   using Scalar = typename Precision::Scalar;
+  using Factor = typename Precision::Factor;
   using Tensors = typename Precision::Backward;
 
  public:
@@ -93,7 +94,7 @@ class BackwardPass {
   }
 
  private:
-  static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+  static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes, D = kDepth<Factor>;
 
   // One thread's weight gradients of one segment, per unit: dW1 [input group][row][T], dW2 [dy][o][lanes], dW3
   // [s][lanes].
@@ -114,14 +115,17 @@ class BackwardPass {
   };
 
   struct Own {
-    Scratch<Scalar> scratch;
-    Convolution<Scalar> transposed;  // of dz2
+    Scratch<Factor> scratch;
+    Convolution<Factor> transposed;  // of dz2
     GradientSums<Scalar> sums;
     Slope<Scalar> slope;      // of the exchange just settled
     Scalar* gradient;         // rows of one tile
-    Scalar* hidden_pixels;    // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
-    Scalar* gradient_pixels;  // dz with pixels outermost
-    Scalar* input_pixels;     // a few tiles of the input, [input group][pixel][T]
+    Scalar* activation;       // relu(bn(z)), too
+    Factor* gradient_rows;    // the gradient as factors over rows, where that takes a copy
+    Scalar* hidden_lines;     // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
+    Factor* hidden_pixels;    // the same as factors over pixels, one from every pixel on, where that takes a copy
+    Factor* gradient_pixels;  // dz as factors over pixels, which are outermost
+    Factor* input_pixels;     // a few tiles of the input, [input group][pixel][T]
     Scalar* weights[2];       // gradients of the weights, for even and odd segments
 
     Own(const LayerShape& shape, const Geometry<Scalar>& geometry)
@@ -139,9 +143,12 @@ class BackwardPass {
     own.sums.take(arena, k + 2 * s);
     own.slope.take(arena, k + 2 * s, options_.batch_statistics);
     own.gradient = arena.take<Scalar>((k + s) * T);
-    own.hidden_pixels = arena.take<Scalar>(hidden_pixels_size());
-    own.gradient_pixels = arena.take<Scalar>(larger(geometry.pixels * k, chunk_tiles_ * T * (k + s)));
-    own.input_pixels = arena.take<Scalar>(input_pixels_size());
+    own.activation = arena.take<Scalar>(k * T);
+    own.gradient_rows = arena.take<Factor>(D > 1 ? factors<Factor>(k + s) * T : 0);
+    own.hidden_lines = arena.take<Scalar>(hidden_lines_size());
+    own.hidden_pixels = arena.take<Factor>(D > 1 ? hidden_lines_size() : 0);
+    own.gradient_pixels = arena.take<Factor>(larger(geometry.pixels * k, chunk_tiles_ * T * (k + s)) / D);
+    own.input_pixels = arena.take<Factor>(input_pixels_size());
     for (auto& weights : own.weights) weights = arena.take<Scalar>(gradients_.at(shape_.units));
   }
   Own own(int thread) const {
@@ -150,13 +157,13 @@ class BackwardPass {
     take_own(own, arena);
     return own;
   }
-  int64_t hidden_pixels_size() const {
+  int64_t hidden_lines_size() const {
     // One vector beyond the end: the last window is rounded up to whole vectors.
     return (stages_.geometry.rows + 2) * hidden_line() + L;
   }
   // Also holds one tile of relu(bn(z2)), which is wider than the input where K is large and P small.
   int64_t input_pixels_size() const {
-    return T * larger(round_up(shape_.channels, T) * chunk_tiles_, gradients_.project_lanes);
+    return T / D * larger(round_up(shape_.channels, T) * chunk_tiles_, gradients_.project_lanes);
   }
   int64_t hidden_line() const { return (stages_.geometry.row + 2) * shape_.hidden(); }
 
@@ -177,12 +184,12 @@ class BackwardPass {
     inner_ = arena.take<Scalar>(slots * pixels * k);
     shortcut_ = arena.take<Scalar>(shape_.shortcut ? slots * pixels * s : 0);
     packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
-    packed_ = arena.take<Scalar>(2 * packed_step_);
-    transposed_ = arena.take<Scalar>(2 * packed_step_);
+    packed_ = arena.take<Factor>(2 * packed_step_);
+    transposed_ = arena.take<Factor>(2 * packed_step_);
     for (auto& slot : partials_) slot = arena.take<double>(threads * 2 * (k + 2 * s));
     // As many tiles as keep the transposed input within a fraction of the second-level cache.
     constexpr int64_t kChunkBytes = 128 * 1024;
-    const int64_t tile_bytes = round_up(shape_.channels, T) * T * static_cast<int64_t>(sizeof(Scalar));
+    const int64_t tile_bytes = round_up(shape_.channels, T) * T * static_cast<int64_t>(sizeof(Factor)) / D;
     chunk_tiles_ = smaller(stages_.geometry.tiles, larger(1, kChunkBytes / tile_bytes));
     Arena one(nullptr);
     Own own(shape_, stages_.geometry);
@@ -206,9 +213,9 @@ class BackwardPass {
   Scalar* shortcut_tile(int64_t image, int64_t tile) const {
     return shortcut_ + (image * stages_.geometry.tiles + tile) * shape_.segment() * T;
   }
-  Scalar* packed(int64_t i) const { return packed_ + i % 2 * packed_step_; }
+  Factor* packed(int64_t i) const { return packed_ + i % 2 * packed_step_; }
   // Packed for the gradients, in the layout of the forward's: W1ᵀ (and the shortcut's), the rotated 3x3, W3ᵀ.
-  Scalar* transposed(int64_t i) const { return transposed_ + i % 2 * packed_step_; }
+  Factor* transposed(int64_t i) const { return transposed_ + i % 2 * packed_step_; }
   const typename Simd<Scalar>::Int* mask(int64_t tile) const { return stages_.mask + tile * T; }
 
   void pack(int64_t i, int64_t part, int64_t parts) const {
@@ -217,11 +224,11 @@ class BackwardPass {
     for (int64_t m = 0; m < shape_.units; ++m) {
       const auto& unit = tensors_.units[m];
       const int64_t n = shape_.inputs(m), kind = m > 0;
-      Scalar* to = transposed(i) + stages_.packed_layout.at(m);
+      Factor* to = transposed(i) + stages_.packed_layout.at(m);
       const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
       pack_columns(to, n, stages_.reduce_rows(m), part, parts,
                    [&](int64_t c) { return c < k ? reduce + c * n : shortcut + (c - k) * n; });
-      Convolution<Scalar>::pack(stages_.geometry, to + stages_.packed_layout.unit[kind][1],
+      Convolution<Factor>::pack(stages_.geometry, to + stages_.packed_layout.unit[kind][1],
                                 unit.spatial + i * k * k * 9, k, true, part, parts);
       const Scalar* project = unit.project + i * s * k;
       pack_columns(to + stages_.packed_layout.unit[kind][2], k, s, part, parts,
@@ -230,18 +237,22 @@ class BackwardPass {
   }
 
   void begin(const Team& team) const {
-    if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);
+    if (team.index == 0) {
+      fill_mask(stages_.geometry, stages_.mask);
+      stages_.clear_outputs();
+    }
     for (int thread = team.index; thread < options_.threads; thread += team.size) {
       const Own mine = own(thread);
       mine.scratch.convolution.clear();
       mine.transposed.clear();
-      for (int64_t j = 0; j < hidden_pixels_size(); ++j) mine.hidden_pixels[j] = 0;
+      for (int64_t j = 0; j < hidden_lines_size(); ++j) mine.hidden_lines[j] = 0;
       // Lanes beyond the channels are multiplied though nobody reads them: zeros are faster than denormals or NaN.
-      for (int64_t j = 0; j < input_pixels_size(); ++j) mine.input_pixels[j] = 0;
+      for (int64_t j = 0; D > 1 && j < hidden_lines_size(); ++j) mine.hidden_pixels[j] = Factor{};
+      for (int64_t j = 0; j < input_pixels_size(); ++j) mine.input_pixels[j] = Factor{};
     }
     stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
-      load_tile(stages_.geometry, tensors_.y, image, tile, 0, shape_.channels, stages_.state_tile(image, tile));
-      load_tile(stages_.geometry, tensors_.grad_y, image, tile, 0, shape_.channels, gradient_tile(image, tile));
+      load_tile(stages_.geometry, tensors_.y, image, tile, shape_.channels, stages_.state_tile(image, tile));
+      load_tile(stages_.geometry, tensors_.grad_y, image, tile, shape_.channels, gradient_tile(image, tile));
     });
   }
 
@@ -258,7 +269,7 @@ class BackwardPass {
     const int64_t s = shape_.segment();
     const auto& affine = mine.scratch.affine;
     stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
-      load_tile(stages_.geometry, tensors_.x, image, tile, i * s, s, stages_.state_tile(image, tile) + i * s * T);
+      load_channels(stages_.geometry, tensors_.x, image, tile, i * s, s, stages_.state_tile(image, tile));
     });
     for (int64_t m = 0; m < shape_.units; ++m) {
       if (!kept_) {
@@ -393,7 +404,7 @@ class BackwardPass {
     settle(team, mine, 0, i, m);
     const int64_t k = shape_.hidden(), s = shape_.segment();
     const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.spatial_row(m));
-    const Scalar* w = stages_.packed(transposed(i), m, 2);
+    const Factor* w = stages_.packed(transposed(i), m, 2);
     const auto& sums = mine.sums;
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.project[m > 0];
     sums.clear(k);
@@ -406,16 +417,17 @@ class BackwardPass {
         batch_norm_backward<Scalar>(d, stages_.shortcut_tile(i, image, tile), affine.mean + stages_.shortcut_row(),
                                     mine.slope, s, s, mask(tile), shortcut_tile(image, tile));
       }
-      gemm_rows<Scalar, Into::store>(w, k, mine.gradient, s, d2);
+      gemm_rows<Factor, Into::store>(w, k, row_factors<Factor>(mine.gradient, s, mine.gradient_rows),
+                                     factors<Factor>(s), d2);
       activate_backward<Scalar>(d2, z2, norm, k, mask(tile));
       sums.add(0, d2, z2, norm.mean, k);
       sums.finish_tile(k);
       if (!options_.need_parameters) return;
-      activate<Scalar>(z2, norm, k, mask(tile), mine.scratch.hidden);
-      transpose_tile<Scalar>(mine.scratch.hidden, k,
+      activate<Scalar>(z2, norm, k, mask(tile), mine.activation);
+      transpose_rows<Factor>(mine.activation, k,
                              [&](int64_t pixel) { return mine.input_pixels + pixel * gradients_.project_lanes; });
-      transpose_tile<Scalar>(mine.gradient, s, [&](int64_t pixel) { return mine.gradient_pixels + pixel * s; });
-      outer_rows<Scalar>({1, T, 0, s, 0, gradients_.project_lanes}, mine.gradient_pixels, s, mine.input_pixels,
+      transpose_rows<Factor>(mine.gradient, s, [&](int64_t pixel) { return mine.gradient_pixels + pixel * s; });
+      outer_rows<Factor>({1, T / D, 0, s, 0, gradients_.project_lanes}, mine.gradient_pixels, s, mine.input_pixels,
                          gradients_.project_lanes, weights, gradients_.project_lanes);
     });
     post(team, 1, sums, k);
@@ -427,7 +439,7 @@ class BackwardPass {
     const auto& geometry = stages_.geometry;
     const int64_t k = shape_.hidden(), row = geometry.row;
     const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.reduce_row(m));
-    const Scalar* w = stages_.packed(transposed(i), m, 1);
+    const Factor* w = stages_.packed(transposed(i), m, 1);
     const auto& sums = mine.sums;
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.spatial[m > 0];
     sums.clear(k);
@@ -437,27 +449,30 @@ class BackwardPass {
       for (int64_t tile = around.first; tile < around.last; ++tile) {
         batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.spatial_tile(i, m, image, tile),
                                     affine.mean + stages_.spatial_row(m), mine.slope, 0, k, mask(tile), mine.gradient);
-        for (int64_t c = 0; c < k; ++c) {
-          const Scalar* dz = mine.gradient + c * T;
-          mine.transposed.put(tile, c, load<Scalar>(dz), load<Scalar>(dz + L));
+        const Factor* dz = row_factors<Factor>(mine.gradient, k, mine.gradient_rows);
+        for (int64_t c = 0; c < factors<Factor>(k); ++c, dz += T) {
+          mine.transposed.put(tile, c, load<Factor>(dz), load<Factor>(dz + L));
         }
         if (!options_.need_parameters) continue;
-        transpose_tile<Scalar>(mine.gradient, k,
-                               [&](int64_t pixel) { return mine.gradient_pixels + (tile * T + pixel) * k; });
-        activate<Scalar>(stages_.reduce_tile(i, m, image, tile), norm, k, mask(tile), mine.scratch.hidden);
-        transpose_tile<Scalar>(mine.scratch.hidden, k, [&](int64_t pixel) {
+        transpose_rows<Factor>(mine.gradient, k,
+                               [&](int64_t pixel) { return mine.gradient_pixels + (tile * T / D + pixel) * k; });
+        activate<Scalar>(stages_.reduce_tile(i, m, image, tile), norm, k, mask(tile), mine.activation);
+        transpose_tile<Scalar>(mine.activation, k, [&](int64_t pixel) {
           const int64_t at = tile * T + pixel;
-          return mine.hidden_pixels + (at / row + 1) * hidden_line() + (at % row + 1) * k;
+          return mine.hidden_lines + (at / row + 1) * hidden_line() + (at % row + 1) * k;
         });
       }
       if (options_.need_parameters) {
         // The three taps of a row are neighbours in memory, so lanes run over (dx, input channel).
         const int64_t last_row = smaller(piece.last * T / row, geometry.height);
-        const PixelRuns runs{last_row - first_row, row, row * k, k, hidden_line(), k};
+        const PixelRuns runs{last_row - first_row, row / D, row / D * k, k, hidden_line(), D * k};
+        const int64_t begin = first_row * hidden_line();
+        const Factor* hidden = pixel_factors<Factor>(
+            mine.hidden_lines + begin, k, (last_row + 2) * hidden_line() - begin, mine.hidden_pixels + begin);
         for (int64_t dy = 0; dy < 3; ++dy) {
-          outer_rows<Scalar>(runs, mine.gradient_pixels + first_row * row * k, k,
-                             mine.hidden_pixels + (first_row + dy) * hidden_line(), gradients_.spatial_lanes,
-                             weights + dy * k * gradients_.spatial_lanes, gradients_.spatial_lanes);
+          outer_rows<Factor>(runs, mine.gradient_pixels + first_row * row / D * k, k, hidden + dy * hidden_line(),
+                             gradients_.spatial_lanes, weights + dy * k * gradients_.spatial_lanes,
+                             gradients_.spatial_lanes);
         }
       }
       const auto d1_of = [&](int64_t tile) { return inner_tile(image, tile); };
@@ -477,7 +492,7 @@ class BackwardPass {
     settle(team, mine, 2, i, m);
     const int64_t k = shape_.hidden(), s = shape_.segment(), n = shape_.inputs(m), rows = stages_.reduce_rows(m);
     const Scalar* mean = mine.scratch.affine.mean + stages_.reduce_row(m);
-    const Scalar* w = stages_.packed(transposed(i), m, 0);
+    const Factor* w = stages_.packed(transposed(i), m, 0);
     Scalar* weights = mine.weights[i % 2] + gradients_.at(m);
     stages_.for_own_pieces(team, [&](const Piece& piece) {
       const int64_t image = piece.slot;
@@ -490,22 +505,23 @@ class BackwardPass {
             const Scalar* from = shortcut_tile(image, tile);
             for (int64_t j = 0; j < s * T; ++j) mine.gradient[k * T + j] = from[j];
           }
-          gemm_rows<Scalar, Into::add>(w, n, mine.gradient, rows,
+          gemm_rows<Factor, Into::add>(w, n, row_factors<Factor>(mine.gradient, rows, mine.gradient_rows),
+                                       factors<Factor>(rows),
                                        m == 0 ? gradient_tile(image, tile) : update_tile(image, tile));
           if (!options_.need_parameters) continue;
-          const int64_t at = (tile - first) * T;
-          transpose_tile<Scalar>(mine.gradient, rows,
+          const int64_t at = (tile - first) * T / D;
+          transpose_rows<Factor>(mine.gradient, rows,
                                  [&](int64_t pixel) { return mine.gradient_pixels + (at + pixel) * rows; });
           for (int64_t c = 0; c < n; c += T) {
-            Scalar* group = mine.input_pixels + c * chunk_tiles_ * T + at * T;
-            transpose_tile<Scalar>(stages_.input_tile(m, image, tile) + c * T, smaller(T, n - c),
-                                   [&](int64_t pixel) { return group + pixel * T; });
+            Factor* group = mine.input_pixels + c * chunk_tiles_ * T / D + at * T;
+            transpose_channels<Factor>(stages_.input_tile(m, image, tile) + c / D * T, smaller(T, n - c),
+                                       [&](int64_t pixel) { return group + pixel * T; });
           }
         }
         if (!options_.need_parameters) continue;
-        const PixelRuns runs{1, (last - first) * T, 0, rows, 0, T};
+        const PixelRuns runs{1, (last - first) * T / D, 0, rows, 0, T};
         for (int64_t c = 0; c < n; c += T) {
-          outer_rows<Scalar>(runs, mine.gradient_pixels, rows, mine.input_pixels + c * chunk_tiles_ * T,
+          outer_rows<Factor>(runs, mine.gradient_pixels, rows, mine.input_pixels + c * chunk_tiles_ * T / D,
                              round_up(smaller(T, n - c), L), weights + c * rows, T);
         }
       }
@@ -568,7 +584,7 @@ class BackwardPass {
   Scalar* hidden_ = nullptr;    // gradient of z2, before its batch norm
   Scalar* inner_ = nullptr;     // the same of z1
   Scalar* shortcut_ = nullptr;  // dz of the shortcut, made before its turn
-  Scalar *packed_ = nullptr, *transposed_ = nullptr;
+  Factor *packed_ = nullptr, *transposed_ = nullptr;
   int64_t packed_step_ = 0;
   double* partials_[3] = {};
   int64_t chunk_tiles_ = 1;

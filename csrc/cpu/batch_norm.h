@@ -181,28 +181,32 @@ GUNN_NOINLINE void batch_norm_backward(const Scalar* d, const Scalar* z, const S
   }
 }
 
-// Calls visit(row, first vector, second vector) with relu(z * scale + shift) of one tile, zero at padding pixels.
-template <class Scalar, class Visit>
-GUNN_INLINE void for_activated(const Scalar* z, const Affine<Scalar>& affine, int64_t rows,
-                               const typename Simd<Scalar>::Int* mask, const Visit& visit) {
+// Calls visit(factor of rows, first vector, second vector) with relu(z * scale + shift) of one tile, zero at padding
+// pixels.
+template <class Factor, class Visit>
+GUNN_INLINE void for_activated(const Sum<Factor>* z, const Affine<Sum<Factor>>& affine, int64_t rows,
+                               const typename Simd<Sum<Factor>>::Int* mask, const Visit& visit) {
+  using Scalar = Sum<Factor>;
   constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
   const Mask<Scalar> inside[2] = {load_mask<Scalar>(mask), load_mask<Scalar>(mask + L)};
-  for (int64_t r = 0; r < rows; ++r) {
-    Vector<Scalar> h[2];
+  for (int64_t first = 0; first < rows; first += kDepth<Factor>) {
+    Vector<Factor> h[2];
     GUNN_UNROLL for (int v = 0; v < 2; ++v) {
-      h[v] = relu<Scalar>(load<Scalar>(z + r * T + v * L) * affine.scale[r] + affine.shift[r]);
-      h[v] = keep<Scalar>(h[v], inside[v]);
+      h[v] = join_rows<Factor>(first, rows, [&](int64_t r) {
+        const Vector<Scalar> y = load<Scalar>(z + r * T + v * L) * affine.scale[r] + affine.shift[r];
+        return keep<Scalar>(relu<Scalar>(y), inside[v]);
+      });
     }
-    visit(r, h[0], h[1]);
+    visit(first / kDepth<Factor>, h[0], h[1]);
   }
 }
-template <class Scalar>
-GUNN_NOINLINE void activate(const Scalar* z, const Affine<Scalar>& affine, int64_t rows,
-                            const typename Simd<Scalar>::Int* mask, Scalar* out) {
-  constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
-  for_activated<Scalar>(z, affine, rows, mask, [&](int64_t r, Vector<Scalar> first, Vector<Scalar> second) {
-    store<Scalar>(out + r * T, first);
-    store<Scalar>(out + r * T + L, second);
+template <class Factor>
+GUNN_NOINLINE void activate(const Sum<Factor>* z, const Affine<Sum<Factor>>& affine, int64_t rows,
+                            const typename Simd<Sum<Factor>>::Int* mask, Factor* out) {
+  constexpr int64_t T = Simd<Factor>::tile, L = Simd<Factor>::lanes;
+  for_activated<Factor>(z, affine, rows, mask, [&](int64_t f, Vector<Factor> first, Vector<Factor> second) {
+    store<Factor>(out + f * T, first);
+    store<Factor>(out + f * T + L, second);
   });
 }
 

@@ -12,17 +12,21 @@
 namespace gunn {
 namespace {
 
-template <class Scalar>
+template <class Factor>
 struct PaddedImage {
-  int64_t channels;
-  int64_t channel;  // step from one channel's row to the next channel's
-  int64_t line;     // step from one row to the next of the same channel
+  using Scalar = Sum<Factor>;
+
+  int64_t channels;  // in factors
+  int64_t channel;   // step from one channel's row to the next channel's
+  int64_t line;      // step from one row to the next of the same channel
   int64_t gap;
   int64_t rows;
-  Scalar* data = nullptr;
+  Factor* data = nullptr;
 
   PaddedImage(const Geometry<Scalar>& geometry, int64_t channels_)
-      : channels(channels_), gap(geometry.halves ? geometry.row : geometry.lanes), rows(geometry.rows + 2) {
+      : channels(factors<Factor>(channels_)),
+        gap(geometry.halves ? geometry.row : geometry.lanes),
+        rows(geometry.rows + 2) {
     channel = gap + geometry.row;
     line = channels * channel;
   }
@@ -31,39 +35,41 @@ struct PaddedImage {
     return (pixel / geometry.row + 1) * line + gap + pixel % geometry.row;
   }
   // Stores one vector of channel c that begins at padded pixel `pixel`.
-  GUNN_INLINE void put(const Geometry<Scalar>& geometry, int64_t pixel, int64_t c, Vector<Scalar> v) const {
-    Scalar* p = data + offset(geometry, pixel) + c * channel;
+  GUNN_INLINE void put(const Geometry<Scalar>& geometry, int64_t pixel, int64_t c, Vector<Factor> v) const {
+    Factor* p = data + offset(geometry, pixel) + c * channel;
     if (geometry.halves) {
-      store_halves<Scalar>(p, line, v);
+      store_halves<Factor>(p, line, v);
     } else {
-      store<Scalar>(p, v);
+      store<Factor>(p, v);
     }
   }
 };
 
 // This part's share of packing kernel(row, channel)[tap], with the taps in reverse where `reversed`.
-template <class Scalar, class Kernel>
-GUNN_INLINE void pack_taps(Scalar* dst, int64_t rows, int64_t channels, bool reversed, int64_t part, int64_t parts,
+template <class Factor, class Kernel>
+GUNN_INLINE void pack_taps(Factor* dst, int64_t rows, int64_t channels, bool reversed, int64_t part, int64_t parts,
                            const Kernel& kernel) {
+  const int64_t inner = factors<Factor>(channels);
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
-    for (int64_t c = channels * part / parts; c < channels * (part + 1) / parts; ++c) {
-      Scalar* to = dst + (r * channels + c * R) * 9;
+    for (int64_t c = inner * part / parts; c < inner * (part + 1) / parts; ++c) {
+      Factor* to = dst + (r * inner + c * R) * 9;
       for (int j = 0; j < R; ++j) {
-        const Scalar* from = kernel(r + j, c);
+        const auto from = sources<Factor>(c, channels, [&](int64_t at) { return kernel(r + j, at); });
         for (int tap = 0; tap < 9; ++tap) to[tap * R + j] = from[reversed ? 8 - tap : tap];
       }
     }
   });
 }
 
-template <class Scalar, int R, bool halves>
-GUNN_NOINLINE void conv3x3_block(const PaddedImage<Scalar>& image, const Scalar* w, int64_t offset0, int64_t offset1,
-                                 Scalar* out) {
+template <class Factor, int R, bool halves>
+GUNN_NOINLINE void conv3x3_block(const PaddedImage<Factor>& image, const Factor* w, int64_t offset0, int64_t offset1,
+                                 Sum<Factor>* out) {
+  using Scalar = Sum<Factor>;
   constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
   constexpr int64_t kChannels = kLongestSum / 9;
   const int64_t line = image.line;
-  const Scalar *p0 = image.data + offset0, *p1 = image.data + offset1;
+  const Factor *p0 = image.data + offset0, *p1 = image.data + offset1;
   for (int64_t first = 0; first < image.channels; first += kChannels) {
     Vector<Scalar> acc[R][2];
     clear<Scalar, R, 2>(acc);
@@ -72,9 +78,9 @@ GUNN_NOINLINE void conv3x3_block(const PaddedImage<Scalar>& image, const Scalar*
       GUNN_UNROLL for (int64_t dy = -1; dy <= 1; ++dy) {
         GUNN_UNROLL for (int64_t dx = -1; dx <= 1; ++dx) {
           const int64_t at = dy * line + dx;
-          const Vector<Scalar> in[2] = {halves ? load_halves<Scalar>(p0 + at, line) : load<Scalar>(p0 + at),
-                                        halves ? load_halves<Scalar>(p1 + at, line) : load<Scalar>(p1 + at)};
-          multiply_step<Scalar, R, 2>(acc, w, in);
+          const Vector<Factor> in[2] = {halves ? load_halves<Factor>(p0 + at, line) : load<Factor>(p0 + at),
+                                        halves ? load_halves<Factor>(p1 + at, line) : load<Factor>(p1 + at)};
+          multiply_step<Factor, R, 2>(acc, w, in);
           w += R;
         }
       }
@@ -91,18 +97,18 @@ GUNN_NOINLINE void conv3x3_block(const PaddedImage<Scalar>& image, const Scalar*
 }
 
 // One tile of the output: out[rows][tile]. Padding pixels come out as garbage; whoever reads them masks.
-template <class Scalar>
-GUNN_INLINE void conv3x3_rows(const Geometry<Scalar>& geometry, const PaddedImage<Scalar>& image, const Scalar* w,
-                              int64_t rows, int64_t tile, Scalar* out) {
-  constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+template <class Factor>
+GUNN_INLINE void conv3x3_rows(const Geometry<Sum<Factor>>& geometry, const PaddedImage<Factor>& image, const Factor* w,
+                              int64_t rows, int64_t tile, Sum<Factor>* out) {
+  constexpr int64_t T = Simd<Factor>::tile, L = Simd<Factor>::lanes;
   const int64_t offset0 = image.offset(geometry, tile * T), offset1 = image.offset(geometry, tile * T + L);
   const int64_t inner = image.channels * 9;
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
     if (geometry.halves) {
-      conv3x3_block<Scalar, R, true>(image, w + r * inner, offset0, offset1, out + r * T);
+      conv3x3_block<Factor, R, true>(image, w + r * inner, offset0, offset1, out + r * T);
     } else {
-      conv3x3_block<Scalar, R, false>(image, w + r * inner, offset0, offset1, out + r * T);
+      conv3x3_block<Factor, R, false>(image, w + r * inner, offset0, offset1, out + r * T);
     }
   });
 }

@@ -14,15 +14,18 @@ struct Level {
   const LevelKernels* kernels;
 };
 
+#ifdef GUNN_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+#endif
+
 // Best first.
 const Level kLevels[] = {
 #ifdef GUNN_X86
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-     },
-     &kernels_avx512},
+    {"avx512bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, &kernels_avx512bf16},
+    {"avx512", has_avx512, &kernels_avx512},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &kernels_avx2},
 #endif
     {"baseline", [] { return true; }, &kernels_baseline},
@@ -36,7 +39,7 @@ const Level& choose() {
       require(level.supported(), "GUNN_SIMD=", wanted, ": this CPU lacks it; unset GUNN_SIMD to use the best it has.");
       return level;
     }
-    fail("GUNN_SIMD=", wanted, ": unknown instruction set; expected avx512, avx2 or baseline.");
+    fail("GUNN_SIMD=", wanted, ": unknown instruction set; expected avx512bf16, avx512, avx2 or baseline.");
   }
   for (const Level& level : kLevels) {
     if (level.supported()) return level;

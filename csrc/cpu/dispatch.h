@@ -16,8 +16,9 @@ struct LevelKernels {
 extern const LevelKernels kernels_baseline;
 extern const LevelKernels kernels_avx2;
 extern const LevelKernels kernels_avx512;
+extern const LevelKernels kernels_avx512bf16;
 
-// "avx512", "avx2" or "baseline". Throws where GUNN_SIMD asks for something this CPU or build lacks.
+// "avx512bf16", "avx512", "avx2" or "baseline". Throws where GUNN_SIMD asks for something this CPU or build lacks.
 const char* simd_level();
 
 const LevelKernels& cpu_kernels();

@@ -14,6 +14,7 @@ namespace {
 template <class Precision>
 class ForwardPass {
   using Scalar = typename Precision::Scalar;
+  using Factor = typename Precision::Factor;
   using Tensors = typename Precision::Forward;
 
  public:
@@ -77,12 +78,12 @@ class ForwardPass {
   }
 
  private:
-  struct Own : Scratch<Scalar> {
+  struct Own : Scratch<Factor> {
     Moments<Scalar> moments;
 
-    using Scratch<Scalar>::Scratch;
+    using Scratch<Factor>::Scratch;
     void take(const LayerShape& shape, Arena& arena) {
-      Scratch<Scalar>::take(shape, arena);
+      Scratch<Factor>::take(shape, arena);
       moments.take(arena, shape.hidden() + shape.segment());
     }
   };
@@ -106,7 +107,7 @@ class ForwardPass {
     kept_ = saved != nullptr;
     packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
     packed_count_ = by_image() ? shape_.segments : 2;
-    packed_ = arena.take<Scalar>(packed_count_ * packed_step_);
+    packed_ = arena.take<Factor>(packed_count_ * packed_step_);
     table_.take(arena, by_image() ? shape_.segments * shape_.rows() : 0);
     for (auto& slot : partials_) {
       slot = arena.take<double>(threads * partial_size());
@@ -126,13 +127,16 @@ class ForwardPass {
     return own;
   }
 
-  Scalar* packed(int64_t i) const { return packed_ + i % packed_count_ * packed_step_; }
+  Factor* packed(int64_t i) const { return packed_ + i % packed_count_ * packed_step_; }
   void pack(int64_t i, int64_t part, int64_t parts) const { stages_.pack(i, packed(i), part, parts); }
   Scalar mean(int64_t i, int64_t row) const { return tensors_.statistics[i * shape_.rows() + row]; }
   Scalar var(int64_t i, int64_t row) const { return tensors_.statistics[(shape_.segments + i) * shape_.rows() + row]; }
 
   void begin(const Team& team) const {
-    if (team.index == 0) fill_mask(stages_.geometry, stages_.mask);
+    if (team.index == 0) {
+      fill_mask(stages_.geometry, stages_.mask);
+      stages_.clear_outputs();
+    }
     for (int thread = team.index; thread < options_.threads; thread += team.size) {
       own(thread).convolution.clear();
     }
@@ -151,13 +155,13 @@ class ForwardPass {
 
   void load(const Piece& piece, int64_t image) const {
     for (int64_t tile = piece.first; tile < piece.last; ++tile) {
-      load_tile(stages_.geometry, tensors_.x, image, tile, 0, shape_.channels, stages_.state_tile(piece.slot, tile));
+      load_tile(stages_.geometry, tensors_.x, image, tile, shape_.channels, stages_.state_tile(piece.slot, tile));
     }
   }
   void store(const Piece& piece, int64_t image) const {
     for (int64_t tile = piece.first; tile < piece.last; ++tile) {
       store_tile(stages_.geometry, tensors_.y, image, tile, shape_.channels,
-                 static_cast<const Scalar*>(stages_.state_tile(piece.slot, tile)));
+                 static_cast<const Factor*>(stages_.state_tile(piece.slot, tile)));
     }
   }
 
@@ -181,7 +185,7 @@ class ForwardPass {
     for (int64_t i = 0; i < shape_.segments; ++i) {
       const Affine<Scalar> affine = table_.at(i * shape_.rows());
       for (int64_t m = 0; m < shape_.units; ++m) {
-        const Scalar *reduce = stages_.packed(packed(i), m, 0), *spatial = stages_.packed(packed(i), m, 1),
+        const Factor *reduce = stages_.packed(packed(i), m, 0), *spatial = stages_.packed(packed(i), m, 1),
                      *project = stages_.packed(packed(i), m, 2);
         for_pieces([&](const Piece& piece) {
           for (int64_t tile = piece.first; tile < piece.last; ++tile) {
@@ -269,7 +273,7 @@ class ForwardPass {
     const Own mine = own(team.index);
     int64_t pi = 0, pm = 0;
     const bool pending = previous(team, mine, i, m, &pi, &pm);
-    const Scalar* w = stages_.packed(packed(i), m, 0);
+    const Factor* w = stages_.packed(packed(i), m, 0);
     const int64_t rows = stages_.reduce_rows(m);
     mine.moments.clear(rows);
     stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
@@ -316,7 +320,7 @@ class ForwardPass {
   Tensors tensors_{};
   Stages<Precision> stages_;
   bool kept_ = false;
-  Scalar* packed_ = nullptr;
+  Factor* packed_ = nullptr;
   int64_t packed_step_ = 0, packed_count_ = 0;
   Affine<Scalar> table_{};  // given statistics: all segments
   double* partials_[3] = {};

@@ -7,7 +7,7 @@
 // With AVX-512 a block is 12 rows x 2 vectors (24 of 32 registers), else 6 x 2 (12 of 16): both reach the FMA limit.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/factors.h"
 #include "cpu/tiles.h"
 
 namespace gunn {
@@ -36,44 +36,52 @@ GUNN_INLINE void for_row_blocks(int64_t rows, Visit visit) {
   if (rows - r >= 1) visit(Rows<1>(), r);
 }
 
-// Packing of weights as [block][c][R]: a block that begins at row r begins at dst + r * inner. Each of `parts` parts
-// packs its share of every block.
+// Packing of weights as [block][c][R], c running over factors: a block that begins at row r begins at dst + r * inner.
+// Each of `parts` parts packs its share of every block.
 
 // Weight (r, c) is row(r)[c].
-template <class Scalar, class Row>
-GUNN_INLINE void pack_rows(Scalar* dst, int64_t rows, int64_t inner, int64_t part, int64_t parts, const Row& row) {
+template <class Factor, class Row>
+GUNN_INLINE void pack_rows(Factor* dst, int64_t rows, int64_t depth, int64_t part, int64_t parts, const Row& row) {
+  constexpr int64_t D = kDepth<Factor>;
+  const int64_t inner = factors<Factor>(depth);
   const int64_t begin = inner * part / parts, end = inner * (part + 1) / parts;
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
-    Scalar* to = dst + r * inner;
-    const Scalar* from[R];
+    Factor* to = dst + r * inner;
+    const Sum<Factor>* from[R];
     for (int j = 0; j < R; ++j) from[j] = row(r + j);
+    const auto single = [&](int64_t c, int j) {
+      to[c * R + j] = sources<Factor>(c, depth, [&](int64_t at) { return from[j] + at; })[0];
+    };
     int64_t c = begin;
-    for (; c + 4 <= end; c += 4) {
+    for (; c + 4 <= end && (c + 4) * D <= depth; c += 4) {
       GUNN_UNROLL for (int j = 0; j + 4 <= R; j += 4) {
-        transpose_4x4<Scalar>({from[j] + c, from[j + 1] + c, from[j + 2] + c, from[j + 3] + c},
+        Factor room[4][4];
+        const auto four = [&](int i) { return Products<Factor>::four(from[j + i] + c * D, room[i]); };
+        transpose_4x4<Factor>({four(0), four(1), four(2), four(3)},
                               {to + c * R + j, to + (c + 1) * R + j, to + (c + 2) * R + j, to + (c + 3) * R + j});
       }
       for (int j = R / 4 * 4; j < R; ++j) {
-        for (int64_t next = c; next < c + 4; ++next) to[next * R + j] = from[j][next];
+        for (int64_t next = c; next < c + 4; ++next) single(next, j);
       }
     }
     for (; c < end; ++c) {
-      for (int j = 0; j < R; ++j) to[c * R + j] = from[j][c];
+      for (int j = 0; j < R; ++j) single(c, j);
     }
   });
 }
 
 // Weight (r, c) is column(c)[r].
-template <class Scalar, class Column>
-GUNN_INLINE void pack_columns(Scalar* dst, int64_t rows, int64_t inner, int64_t part, int64_t parts,
+template <class Factor, class Column>
+GUNN_INLINE void pack_columns(Factor* dst, int64_t rows, int64_t depth, int64_t part, int64_t parts,
                               const Column& column) {
+  const int64_t inner = factors<Factor>(depth);
   const int64_t begin = inner * part / parts, end = inner * (part + 1) / parts;
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
     for (int64_t c = begin; c < end; ++c) {
-      const Scalar* from = column(c) + r;
-      Scalar* to = dst + r * inner + c * R;
+      const auto from = sources<Factor>(c, depth, [&](int64_t at) { return column(at) + r; });
+      Factor* to = dst + r * inner + c * R;
       GUNN_UNROLL for (int j = 0; j < R; ++j) to[j] = from[j];
     }
   });
@@ -84,18 +92,20 @@ GUNN_INLINE void clear(Vector<Scalar> (&acc)[R][V]) {
   GUNN_UNROLL for (int r = 0; r < R; ++r) { GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vector<Scalar>{}; }
 }
 
-template <class Scalar, int R, int V>
-GUNN_INLINE void multiply_step(Vector<Scalar> (&acc)[R][V], const Scalar* w, const Vector<Scalar> (&x)[V]) {
-  GUNN_UNROLL for (int r = 0; r < R; ++r) { GUNN_UNROLL for (int v = 0; v < V; ++v) acc[r][v] += x[v] * w[r]; }
+template <class Factor, int R, int V>
+GUNN_INLINE void multiply_step(Vector<Sum<Factor>> (&acc)[R][V], const Factor* w, const Vector<Factor> (&x)[V]) {
+  GUNN_UNROLL for (int r = 0; r < R; ++r) {
+    GUNN_UNROLL for (int v = 0; v < V; ++v) Products<Factor>::add(acc[r][v], x[v], w[r]);
+  }
 }
 
-template <class Scalar, int R, int V>
-GUNN_INLINE void multiply(Vector<Scalar> (&acc)[R][V], const Scalar* w, int64_t w_step, const Scalar* x, int64_t x_step,
-                          int64_t inner) {
+template <class Factor, int R, int V>
+GUNN_INLINE void multiply(Vector<Sum<Factor>> (&acc)[R][V], const Factor* w, int64_t w_step, const Factor* x,
+                          int64_t x_step, int64_t inner) {
   for (int64_t c = 0; c < inner; ++c) {
-    Vector<Scalar> in[V];
-    GUNN_UNROLL for (int v = 0; v < V; ++v) in[v] = load<Scalar>(x + v * Simd<Scalar>::lanes);
-    multiply_step<Scalar, R, V>(acc, w, in);
+    Vector<Factor> in[V];
+    GUNN_UNROLL for (int v = 0; v < V; ++v) in[v] = load<Factor>(x + v * Simd<Factor>::lanes);
+    multiply_step<Factor, R, V>(acc, w, in);
     w += w_step;
     x += x_step;
   }
@@ -107,8 +117,9 @@ enum class Into { store, add };
 //
 // Adding is product first, then one addition: starting the sum from `out` costs three times the error in float32.
 // `ahead` > 0 prefetches x that many channels ahead: worth it for the first block, which streams the tile in.
-template <class Scalar, int R, Into into>
-GUNN_NOINLINE void gemm_block(const Scalar* w, const Scalar* x, int64_t inner, int64_t ahead, Scalar* out) {
+template <class Factor, int R, Into into>
+GUNN_NOINLINE void gemm_block(const Factor* w, const Factor* x, int64_t inner, int64_t ahead, Sum<Factor>* out) {
+  using Scalar = Sum<Factor>;
   constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
   Vector<Scalar> acc[R][2];
   clear<Scalar, R, 2>(acc);
@@ -122,11 +133,11 @@ GUNN_NOINLINE void gemm_block(const Scalar* w, const Scalar* x, int64_t inner, i
     for (int64_t c = 0; c < inner; ++c) {
       __builtin_prefetch(x + (c + ahead) * T);
       if constexpr (T * sizeof(Scalar) > 64) __builtin_prefetch(x + (c + ahead) * T + L);
-      const Vector<Scalar> in[2] = {load<Scalar>(x + c * T), load<Scalar>(x + c * T + L)};
-      multiply_step<Scalar, R, 2>(acc, w + c * R, in);
+      const Vector<Factor> in[2] = {load<Factor>(x + c * T), load<Factor>(x + c * T + L)};
+      multiply_step<Factor, R, 2>(acc, w + c * R, in);
     }
   } else {
-    multiply<Scalar, R, 2>(acc, w, R, x, T, inner);
+    multiply<Factor, R, 2>(acc, w, R, x, T, inner);
   }
   GUNN_UNROLL for (int r = 0; r < R; ++r) {
     GUNN_UNROLL for (int v = 0; v < 2; ++v) {
@@ -142,17 +153,17 @@ constexpr int64_t kPrefetchAhead = 12;
 constexpr int64_t kLongestSum = 384;
 
 // The whole 1x1 convolution on one tile: x[inner][tile] → out[rows][tile], w from pack_rows.
-template <class Scalar, Into into>
-GUNN_INLINE void gemm_rows(const Scalar* w, int64_t rows, const Scalar* x, int64_t inner, Scalar* out) {
-  constexpr int64_t T = Simd<Scalar>::tile;
+template <class Factor, Into into>
+GUNN_INLINE void gemm_rows(const Factor* w, int64_t rows, const Factor* x, int64_t inner, Sum<Factor>* out) {
+  constexpr int64_t T = Simd<Factor>::tile;
   const int64_t parts = (inner + kLongestSum - 1) / kLongestSum, part = parts > 1 ? (inner + parts - 1) / parts : inner;
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
     const int64_t ahead = r == 0 && inner > kPrefetchAhead ? kPrefetchAhead : 0;
-    gemm_block<Scalar, R, into>(w + r * inner, x, part, ahead, out + r * T);
+    gemm_block<Factor, R, into>(w + r * inner, x, part, ahead, out + r * T);
     for (int64_t c = part; c < inner; c += part) {
       const int64_t depth = c + part < inner ? part : inner - c;
-      gemm_block<Scalar, R, Into::add>(w + r * inner + c * R, x + c * T, depth, ahead, out + r * T);
+      gemm_block<Factor, R, Into::add>(w + r * inner + c * R, x + c * T, depth, ahead, out + r * T);
     }
   });
 }
@@ -165,12 +176,14 @@ struct PixelRuns {
 };
 
 // out[r][lane] += sum over pixels of a[pixel][r] * b[pixel][lane], R rows and V vectors of lanes.
-template <class Scalar, int R, int V>
-GUNN_NOINLINE void outer_block(const PixelRuns& runs, const Scalar* a, const Scalar* b, Scalar* out, int64_t out_row) {
+template <class Factor, int R, int V>
+GUNN_NOINLINE void outer_block(const PixelRuns& runs, const Factor* a, const Factor* b, Sum<Factor>* out,
+                               int64_t out_row) {
+  using Scalar = Sum<Factor>;
   Vector<Scalar> acc[R][V];
   clear<Scalar, R, V>(acc);
   for (int64_t line = 0; line < runs.lines; ++line) {
-    multiply<Scalar, R, V>(acc, a + line * runs.a_line, runs.a_pixel, b + line * runs.b_line, runs.b_pixel, runs.count);
+    multiply<Factor, R, V>(acc, a + line * runs.a_line, runs.a_pixel, b + line * runs.b_line, runs.b_pixel, runs.count);
   }
   GUNN_UNROLL for (int r = 0; r < R; ++r) {
     GUNN_UNROLL for (int v = 0; v < V; ++v) {
@@ -181,17 +194,17 @@ GUNN_NOINLINE void outer_block(const PixelRuns& runs, const Scalar* a, const Sca
 }
 
 // All `rows` rows and `columns` lanes (a multiple of the vector's) of a weight gradient.
-template <class Scalar>
-GUNN_INLINE void outer_rows(const PixelRuns& runs, const Scalar* a, int64_t rows, const Scalar* b, int64_t columns,
-                            Scalar* out, int64_t out_row) {
-  constexpr int64_t L = Simd<Scalar>::lanes;
+template <class Factor>
+GUNN_INLINE void outer_rows(const PixelRuns& runs, const Factor* a, int64_t rows, const Factor* b, int64_t columns,
+                            Sum<Factor>* out, int64_t out_row) {
+  constexpr int64_t L = Simd<Factor>::lanes;
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
     int64_t j = 0;
     for (; j + 2 * L <= columns; j += 2 * L) {
-      outer_block<Scalar, R, 2>(runs, a + r, b + j, out + r * out_row + j, out_row);
+      outer_block<Factor, R, 2>(runs, a + r, b + j, out + r * out_row + j, out_row);
     }
-    if (j < columns) outer_block<Scalar, R, 1>(runs, a + r, b + j, out + r * out_row + j, out_row);
+    if (j < columns) outer_block<Factor, R, 1>(runs, a + r, b + j, out + r * out_row + j, out_row);
   });
 }
 

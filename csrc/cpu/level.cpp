@@ -7,8 +7,14 @@
 
 namespace gunn {
 
+#ifdef __AVX512BF16__
+using BFloat16Precision = Precision<BFloat16, float, Pair>;
+#else
+using BFloat16Precision = Precision<BFloat16, float>;
+#endif
+
 const LevelKernels GUNN_PASTE(kernels_, GUNN_LEVEL) = {kernels<Precision<float>>(), kernels<Precision<double>>(),
-                                                       kernels<Precision<BFloat16, float>>(),
+                                                       kernels<BFloat16Precision>(),
                                                        kernels<Precision<Float16, float>>()};
 
 }  // namespace gunn

@@ -4,6 +4,7 @@
 //   from
 //             y, sees the bits that the forward saw
 //   Scalar    of everything else: parameters, pre-activations, gradients, accumulators
+//   Factor    of products, and of the state: Scalar, or a Pair of bfloat16 (factors.h)
 //
 // The conversions are made of integers and take one number as they take a vector of them: every instruction set
 // vectorises both.
@@ -17,10 +18,11 @@
 namespace gunn {
 namespace {
 
-template <class Storage_, class Scalar_ = Storage_>
+template <class Storage_, class Scalar_ = Storage_, class Factor_ = Scalar_>
 struct Precision {
   using Storage = Storage_;
   using Scalar = Scalar_;
+  using Factor = Factor_;
   using Forward = ForwardTensors<Storage, Scalar, Scalar>;
   using Backward = BackwardTensors<Storage, Scalar, Scalar>;
   using Table = Kernels<Storage, Scalar, Scalar>;

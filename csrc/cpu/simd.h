@@ -29,6 +29,7 @@ struct IntegerOf<double> {
 
 template <class Scalar>
 struct Simd {
+  using Lane = Scalar;
   using Int = typename IntegerOf<Scalar>::type;
   static constexpr int lanes = GUNN_VECTOR_BYTES / sizeof(Scalar);
   static constexpr int half = lanes / 2;
@@ -41,6 +42,17 @@ struct Simd {
   typedef Scalar Half __attribute__((vector_size(GUNN_VECTOR_BYTES / 2), aligned(alignof(Scalar)), may_alias));
   typedef Scalar Quad __attribute__((vector_size(4 * sizeof(Scalar)), aligned(alignof(Scalar)), may_alias));
 };
+
+// Two bfloat16, in one lane of 32 bits; the first in the lower half.
+struct Pair {
+  int32_t bits;
+};
+template <>
+struct IntegerOf<int32_t> {
+  using type = int32_t;
+};
+template <>
+struct Simd<Pair> : Simd<int32_t> {};
 
 template <class Scalar>
 using Vector = typename Simd<Scalar>::Vector;
@@ -104,7 +116,8 @@ GUNN_INLINE Vector<Scalar> join(typename Simd<Scalar>::Half low, typename Simd<S
 // Stores lanes I only.
 template <class Scalar, size_t... I>
 GUNN_INLINE void store_lanes(Scalar* p, Vector<Scalar> v, std::index_sequence<I...>) {
-  typedef Scalar Part __attribute__((vector_size(sizeof...(I) * sizeof(Scalar)), aligned(alignof(Scalar)), may_alias));
+  typedef typename Simd<Scalar>::Lane Part
+      __attribute__((vector_size(sizeof...(I) * sizeof(Scalar)), aligned(alignof(Scalar)), may_alias));
 #ifdef GUNN_HAS_SHUFFLE
   *reinterpret_cast<Part*>(p) = __builtin_shufflevector(v, v, I...);
 #else

@@ -63,16 +63,18 @@ struct PreActivations {
 };
 
 // What one thread needs for itself.
-template <class Scalar>
+template <class Factor>
 struct Scratch {
-  Convolution<Scalar> convolution;
-  Scalar* hidden;  // k rows of one tile
+  using Scalar = Sum<Factor>;
+
+  Convolution<Factor> convolution;
+  Factor* hidden;  // k rows of one tile
   Affine<Scalar> affine;
 
   Scratch(const LayerShape& shape, const Geometry<Scalar>& geometry) : convolution(geometry, shape.hidden()) {}
   void take(const LayerShape& shape, Arena& arena) {
     convolution.take(arena);
-    hidden = arena.take<Scalar>(shape.hidden() * Simd<Scalar>::tile);
+    hidden = arena.take<Factor>(shape.hidden() * Simd<Scalar>::tile);
     affine.take(arena, shape.rows());
   }
 };
@@ -80,6 +82,7 @@ struct Scratch {
 template <class Precision>
 struct Stages {
   using Scalar = typename Precision::Scalar;
+  using Factor = typename Precision::Factor;
   static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
   using Int = typename Simd<Scalar>::Int;
 
@@ -88,8 +91,8 @@ struct Stages {
   Geometry<Scalar> geometry;
   PackedLayout packed_layout;
   Int* mask;
-  Scalar* state;    // [slot][tile][N][T]
-  Scalar* outputs;  // h after units 0 … M-2: [unit][slot][tile][s][T]
+  Factor* state;    // [slot][tile][N][T]
+  Factor* outputs;  // h after units 0 … M-2: [unit][slot][tile][s][T]
   int64_t slots = 0;
   PreActivations<Scalar> z;
 
@@ -97,13 +100,13 @@ struct Stages {
       : shape(shape_),
         parameters(parameters_),
         geometry(shape_),
-        packed_layout(shape_, Convolution<Scalar>::values_of_weight(geometry, shape_.hidden())) {}
+        packed_layout(shape_, Convolution<Factor>::values_of_weight(geometry, shape_.hidden())) {}
 
   void take(Arena& arena, int64_t slots_) {
     slots = slots_;
     mask = arena.take<Int>(geometry.pixels);
-    state = arena.take<Scalar>(slots * state_size());
-    outputs = arena.take<Scalar>((shape.units - 1) * slots * output_size());
+    state = arena.take<Factor>(slots * state_size());
+    outputs = arena.take<Factor>((shape.units - 1) * slots * output_size());
   }
 
   // Calls visit(Piece) for this thread's pieces of the batch.
@@ -121,16 +124,22 @@ struct Stages {
   // Whether threads share images.
   bool cuts_images(const Team& team) const { return shape.batch % team.size != 0; }
 
-  int64_t state_size() const { return geometry.pixels * shape.channels; }
-  int64_t output_size() const { return geometry.pixels * shape.segment(); }
-  Scalar* state_tile(int64_t slot, int64_t tile) const {
-    return state + slot * state_size() + tile * shape.channels * T;
+  // Of an odd number of channels the last pair's second half is never written, but multiplied with zero.
+  void clear_outputs() const {
+    if (shape.segment() % kDepth<Factor> == 0) return;
+    for (int64_t j = 0; j < (shape.units - 1) * slots * output_size(); ++j) outputs[j] = Factor{};
   }
-  Scalar* output_tile(int64_t unit, int64_t slot, int64_t tile) const {
-    return outputs + (unit * slots + slot) * output_size() + tile * shape.segment() * T;
+
+  int64_t state_size() const { return geometry.pixels * factors<Factor>(shape.channels); }
+  int64_t output_size() const { return geometry.pixels * factors<Factor>(shape.segment()); }
+  Factor* state_tile(int64_t slot, int64_t tile) const {
+    return state + slot * state_size() + tile * factors<Factor>(shape.channels) * T;
+  }
+  Factor* output_tile(int64_t unit, int64_t slot, int64_t tile) const {
+    return outputs + (unit * slots + slot) * output_size() + tile * factors<Factor>(shape.segment()) * T;
   }
   // What unit m of a segment reads.
-  Scalar* input_tile(int64_t m, int64_t slot, int64_t tile) const {
+  Factor* input_tile(int64_t m, int64_t slot, int64_t tile) const {
     return m == 0 ? state_tile(slot, tile) : output_tile(m - 1, slot, tile);
   }
 
@@ -155,22 +164,22 @@ struct Stages {
   }
 
   // This part's share of packing the forward weights of segment i.
-  void pack(int64_t i, Scalar* dst, int64_t part, int64_t parts) const {
+  void pack(int64_t i, Factor* dst, int64_t part, int64_t parts) const {
     const int64_t k = shape.hidden(), s = shape.segment();
     for (int64_t m = 0; m < shape.units; ++m) {
       const auto& unit = parameters[m];
       const int64_t n = shape.inputs(m), kind = m > 0;
-      Scalar* to = dst + packed_layout.at(m);
+      Factor* to = dst + packed_layout.at(m);
       const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
       pack_rows(to, reduce_rows(m), n, part, parts,
                 [&](int64_t r) { return r < k ? reduce + r * n : shortcut + (r - k) * n; });
-      Convolution<Scalar>::pack(geometry, to + packed_layout.unit[kind][1], unit.spatial + i * k * k * 9, k, false,
+      Convolution<Factor>::pack(geometry, to + packed_layout.unit[kind][1], unit.spatial + i * k * k * 9, k, false,
                                 part, parts);
       const Scalar* project = unit.project + i * s * k;
       pack_rows(to + packed_layout.unit[kind][2], s, k, part, parts, [&](int64_t r) { return project + r * k; });
     }
   }
-  const Scalar* packed(const Scalar* segment, int64_t m, int64_t stage) const {
+  const Factor* packed(const Factor* segment, int64_t m, int64_t stage) const {
     return segment + packed_layout.at(m) + packed_layout.unit[m > 0][stage];
   }
 
@@ -211,18 +220,20 @@ struct Stages {
     const bool last = m == shape.units - 1, accumulate = last && shape.residual;
     const Affine<Scalar> norm = affine.at(project_row(m)), shortcut_norm = affine.at(shortcut_row());
     const Scalar* z3 = project_tile(i, m, slot, tile);
-    const Scalar* through = m > 0 ? output_tile(m - 1, slot, tile) : nullptr;
+    const Factor* through = m > 0 ? output_tile(m - 1, slot, tile) : nullptr;
     const Scalar* shortcut = shape.projects(m) ? shortcut_tile(i, slot, tile) : nullptr;
-    Scalar* to = last ? state_tile(slot, tile) + i * s * T : output_tile(m, slot, tile);
+    Factor* to = last ? state_tile(slot, tile) : output_tile(m, slot, tile);
+    const int64_t first = last ? i * s : 0;
     for (int64_t v = 0; v < 2; ++v) {
       const Mask<Scalar> inside = load_mask<Scalar>(mask + tile * T + v * L);
       for (int64_t r = 0; r < s; ++r) {
         const int64_t at = r * T + v * L;
         Vector<Scalar> h = load<Scalar>(z3 + at) * norm.scale[r] + norm.shift[r];
         if (shortcut) h += load<Scalar>(shortcut + at) * shortcut_norm.scale[r] + shortcut_norm.shift[r];
-        if (through) h += load<Scalar>(through + at);
-        if (accumulate) h += load<Scalar>(to + at);
-        store<Scalar>(to + at, keep<Scalar>(rounded<typename Precision::Storage>(h), inside));
+        if (through) h += load_channel(through, r, v * L);
+        if (accumulate) h += load_channel(to, first + r, v * L);
+        if constexpr (std::is_same_v<Factor, Scalar>) h = rounded<typename Precision::Storage>(h);
+        store_channel(to, first + r, v * L, keep<Scalar>(h, inside));
       }
     }
   }
@@ -231,23 +242,23 @@ struct Stages {
   }
 
   // `moments`, where given, take in what the stage computes.
-  void reduce_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Scalar* w,
+  void reduce_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Factor* w,
                          const Moments<Scalar>* moments) const {
     Scalar* z1 = reduce_tile(i, m, slot, tile);
     const int64_t rows = reduce_rows(m);
-    gemm_rows<Scalar, Into::store>(w, rows, input_tile(m, slot, tile), shape.inputs(m), z1);
+    gemm_rows<Factor, Into::store>(w, rows, input_tile(m, slot, tile), factors<Factor>(shape.inputs(m)), z1);
     if (moments) moments->add(z1, rows, mask + tile * T);
   }
 
   // relu(bn(z1)) of one tile, for the 3x3 convolution; of a piece, with the rows around it.
   void put_hidden(int64_t i, int64_t m, int64_t slot, int64_t tile, const Affine<Scalar>& affine,
-                  const Convolution<Scalar>& convolution) const {
-    for_activated<Scalar>(
+                  const Convolution<Factor>& convolution) const {
+    for_activated<Factor>(
         reduce_tile(i, m, slot, tile), affine.at(reduce_row(m)), shape.hidden(), mask + tile * T,
-        [&](int64_t c, Vector<Scalar> first, Vector<Scalar> second) { convolution.put(tile, c, first, second); });
+        [&](int64_t c, Vector<Factor> first, Vector<Factor> second) { convolution.put(tile, c, first, second); });
   }
   void put_hidden(int64_t i, int64_t m, const Piece& piece, const Affine<Scalar>& affine,
-                  const Convolution<Scalar>& convolution) const {
+                  const Convolution<Factor>& convolution) const {
     const Piece around = with_neighbours(geometry, piece);
     for (int64_t tile = around.first; tile < around.last; ++tile) {
       put_hidden(i, m, piece.slot, tile, affine, convolution);
@@ -256,37 +267,37 @@ struct Stages {
 
   // z2 of a piece whose hidden tiles are put; done(tile) follows where a tile is ready.
   template <class Done>
-  void convolve(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Convolution<Scalar>& convolution,
+  void convolve(int64_t i, int64_t m, const Piece& piece, const Factor* w, const Convolution<Factor>& convolution,
                 const Done& done) const {
     const auto z2 = [&](int64_t tile) { return spatial_tile(i, m, piece.slot, tile); };
     convolution.run(w, shape.hidden(), piece, z2, done);
   }
 
-  void reduce(int64_t i, int64_t m, const Piece& piece, const Scalar* w) const {
+  void reduce(int64_t i, int64_t m, const Piece& piece, const Factor* w) const {
     for (int64_t tile = piece.first; tile < piece.last; ++tile) {
       reduce_tile_stage(i, m, piece.slot, tile, w, nullptr);
     }
   }
 
-  void spatial(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Affine<Scalar>& affine,
-               const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
+  void spatial(int64_t i, int64_t m, const Piece& piece, const Factor* w, const Affine<Scalar>& affine,
+               const Scratch<Factor>& scratch, const Moments<Scalar>* moments) const {
     put_hidden(i, m, piece, affine, scratch.convolution);
     convolve(i, m, piece, w, scratch.convolution, [&](int64_t tile) {
       if (moments) moments->add(spatial_tile(i, m, piece.slot, tile), shape.hidden(), mask + tile * T);
     });
   }
 
-  void project_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Scalar* w,
-                          const Affine<Scalar>& affine, const Scratch<Scalar>& scratch,
+  void project_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Factor* w,
+                          const Affine<Scalar>& affine, const Scratch<Factor>& scratch,
                           const Moments<Scalar>* moments) const {
     const int64_t k = shape.hidden(), s = shape.segment();
     Scalar* z3 = project_tile(i, m, slot, tile);
-    activate<Scalar>(spatial_tile(i, m, slot, tile), affine.at(spatial_row(m)), k, mask + tile * T, scratch.hidden);
-    gemm_rows<Scalar, Into::store>(w, s, scratch.hidden, k, z3);
+    activate<Factor>(spatial_tile(i, m, slot, tile), affine.at(spatial_row(m)), k, mask + tile * T, scratch.hidden);
+    gemm_rows<Factor, Into::store>(w, s, scratch.hidden, factors<Factor>(k), z3);
     if (moments) moments->add(z3, s, mask + tile * T);
   }
-  void project(int64_t i, int64_t m, const Piece& piece, const Scalar* w, const Affine<Scalar>& affine,
-               const Scratch<Scalar>& scratch, const Moments<Scalar>* moments) const {
+  void project(int64_t i, int64_t m, const Piece& piece, const Factor* w, const Affine<Scalar>& affine,
+               const Scratch<Factor>& scratch, const Moments<Scalar>* moments) const {
     for (int64_t tile = piece.first; tile < piece.last; ++tile) {
       project_tile_stage(i, m, piece.slot, tile, w, affine, scratch, moments);
     }

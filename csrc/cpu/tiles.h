@@ -14,7 +14,7 @@
 
 #include "core/arena.h"
 #include "core/layer.h"
-#include "cpu/precision.h"
+#include "cpu/factors.h"
 #include "cpu/simd.h"
 
 namespace gunn {
@@ -83,60 +83,77 @@ GUNN_INLINE void for_each_run(const Geometry<Scalar>& geometry, int64_t tile, Vi
   }
 }
 
-// Channels [first, first + channels) of one image's tile, between a feature map of any strides and dst[channel][tile].
-template <class Scalar, class Storage>
-GUNN_NOINLINE void load_tile(const Geometry<Scalar>& geometry, const FeatureMap<const Storage>& map, int64_t image,
-                             int64_t tile, int64_t first, int64_t channels, Scalar* dst) {
-  constexpr int64_t T = Simd<Scalar>::tile;
-  int64_t real = 0;
-  for_each_run(geometry, tile, [&](int64_t, int64_t, int64_t, int64_t count) { real += count; });
-  if (real < T) {
-    for (int64_t j = 0; j < channels * T; ++j) dst[j] = 0;
-  }
-  const Storage* origin = map.data + image * map.batch + first * map.channel;
+// Channels [first, first + channels) of one image's tile, from a feature map of any strides; other channels and padding
+// pixels are left alone.
+template <class Factor, class Storage>
+GUNN_NOINLINE void load_channels(const Geometry<Sum<Factor>>& geometry, const FeatureMap<const Storage>& map,
+                                 int64_t image, int64_t tile, int64_t first, int64_t channels, Factor* dst) {
+  using Element = typename Products<Factor>::Element;
+  constexpr int64_t D = kDepth<Factor>;
+  const Storage* origin = map.data + image * map.batch;
   for_each_run(geometry, tile, [&](int64_t pixel, int64_t y, int64_t x, int64_t count) {
     const Storage* src = origin + y * map.row + x * map.column;
     if (map.channel == 1) {  // channels_last: a pixel's channels are neighbours
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t c = 0; c < channels; ++c) dst[c * T + pixel + j] = widen<Scalar>(src[j * map.column + c]);
-      }
-    } else if (map.column == 1) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const Storage* from = src + c * map.channel;
-        Scalar* to = dst + c * T + pixel;
-        for (int64_t j = 0; j < count; ++j) to[j] = widen<Scalar>(from[j]);
+        for (int64_t c = first; c < first + channels; ++c) {
+          channel_elements(dst, c)[(pixel + j) * D] = widen<Element>(src[j * map.column + c]);
+        }
       }
     } else {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t j = 0; j < count; ++j) {
-          dst[c * T + pixel + j] = widen<Scalar>(src[c * map.channel + j * map.column]);
+      const int64_t end = first + channels;
+      for (int64_t c = first; c < end;) {
+        const Storage* from = src + c * map.channel;
+        if (map.column == 1 && c % D == 0 && c + D <= end) {  // whole factors, in a loop that vectorises
+          Factor* to = dst + c / D * geometry.tile + pixel;
+          for (int64_t j = 0; j < count; ++j) to[j] = Products<Factor>::gather(from + j, map.channel);
+          c += D;
+        } else {
+          Element* to = channel_elements(dst, c) + pixel * D;
+          for (int64_t j = 0; j < count; ++j) to[j * D] = widen<Element>(from[j * map.column]);
+          c += 1;
         }
       }
     }
   });
 }
 
-template <class Scalar, class Storage>
-GUNN_NOINLINE void store_tile(const Geometry<Scalar>& geometry, const FeatureMap<Storage>& map, int64_t image,
-                              int64_t tile, int64_t channels, const Scalar* src) {
-  constexpr int64_t T = Simd<Scalar>::tile;
+// The first `channels` channels, and zeros where there are none.
+template <class Factor, class Storage>
+GUNN_INLINE void load_tile(const Geometry<Sum<Factor>>& geometry, const FeatureMap<const Storage>& map, int64_t image,
+                           int64_t tile, int64_t channels, Factor* dst) {
+  constexpr int64_t T = Simd<Factor>::tile;
+  int64_t real = 0;
+  for_each_run(geometry, tile, [&](int64_t, int64_t, int64_t, int64_t count) { real += count; });
+  if (real < T || channels % kDepth<Factor> != 0) {
+    for (int64_t j = 0; j < factors<Factor>(channels) * T; ++j) dst[j] = Factor{};
+  }
+  load_channels(geometry, map, image, tile, 0, channels, dst);
+}
+
+template <class Factor, class Storage>
+GUNN_NOINLINE void store_tile(const Geometry<Sum<Factor>>& geometry, const FeatureMap<Storage>& map, int64_t image,
+                              int64_t tile, int64_t channels, const Factor* src) {
+  constexpr int64_t D = kDepth<Factor>;
   Storage* origin = map.data + image * map.batch;
   for_each_run(geometry, tile, [&](int64_t pixel, int64_t y, int64_t x, int64_t count) {
     Storage* dst = origin + y * map.row + x * map.column;
     if (map.channel == 1) {
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t c = 0; c < channels; ++c) dst[j * map.column + c] = narrow<Storage>(src[c * T + pixel + j]);
-      }
-    } else if (map.column == 1) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const Scalar* from = src + c * T + pixel;
-        Storage* to = dst + c * map.channel;
-        for (int64_t j = 0; j < count; ++j) to[j] = narrow<Storage>(from[j]);
+        for (int64_t c = 0; c < channels; ++c) {
+          dst[j * map.column + c] = narrow<Storage>(channel_elements(src, c)[(pixel + j) * D]);
+        }
       }
     } else {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t j = 0; j < count; ++j) {
-          dst[c * map.channel + j * map.column] = narrow<Storage>(src[c * T + pixel + j]);
+      for (int64_t c = 0; c < channels;) {
+        Storage* to = dst + c * map.channel;
+        if (map.column == 1 && c % D == 0 && c + D <= channels) {
+          const Factor* from = src + c / D * geometry.tile + pixel;
+          for (int64_t j = 0; j < count; ++j) Products<Factor>::scatter(from[j], to + j, map.channel);
+          c += D;
+        } else {
+          const auto* from = channel_elements(src, c) + pixel * D;
+          for (int64_t j = 0; j < count; ++j) to[j * map.column] = narrow<Storage>(from[j * D]);
+          c += 1;
         }
       }
     }
@@ -149,20 +166,55 @@ void fill_mask(const Geometry<Scalar>& geometry, typename Simd<Scalar>::Int* mas
   for (int64_t pixel = 0; pixel < geometry.pixels; ++pixel) mask[pixel] = geometry.inside(pixel) ? -1 : 0;
 }
 
-// to(pixel of the tile)[row] = from[row][pixel]: `rows` rows of one tile with pixels outermost.
+// to(column)[row] = from[row][column]: `rows` rows of one tile, or of as many columns as said, with columns outermost.
 template <class Scalar, class To>
-GUNN_INLINE void transpose_tile(const Scalar* from, int64_t rows, To to) {
-  constexpr int64_t T = Simd<Scalar>::tile;
-  for (int64_t pixel = 0; pixel < T; pixel += 4) {
+GUNN_INLINE void transpose_tile(const Scalar* from, int64_t rows, To to, int64_t columns = Simd<Scalar>::tile) {
+  for (int64_t column = 0; column < columns; column += 4) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
-      const Scalar* row = from + r * T + pixel;
-      transpose_4x4<Scalar>({row, row + T, row + 2 * T, row + 3 * T},
-                            {to(pixel) + r, to(pixel + 1) + r, to(pixel + 2) + r, to(pixel + 3) + r});
+      const Scalar* row = from + r * columns + column;
+      transpose_4x4<Scalar>({row, row + columns, row + 2 * columns, row + 3 * columns},
+                            {to(column) + r, to(column + 1) + r, to(column + 2) + r, to(column + 3) + r});
     }
     for (; r < rows; ++r) {
-      for (int64_t j = 0; j < 4; ++j) to(pixel + j)[r] = from[r * T + pixel + j];
+      for (int64_t j = 0; j < 4; ++j) to(column + j)[r] = from[r * columns + column + j];
     }
+  }
+}
+
+// Four rows of pixel factors at a time: row(r, room) makes those of one.
+template <class Factor, class To, class Row>
+GUNN_INLINE void transpose_pixel_factors(int64_t rows, To to, Row row) {
+  constexpr int64_t columns = Simd<Factor>::tile / kDepth<Factor>;
+  for (int64_t r = 0; r < rows; r += 4) {
+    const int64_t count = smaller(4, rows - r);
+    alignas(64) Factor room[4 * columns];
+    for (int64_t j = 0; j < count; ++j) row(r + j, room + j * columns);
+    transpose_tile<Factor>(room, count, [&](int64_t column) { return to(column) + r; }, columns);
+  }
+}
+
+// The factors of a product over pixels, from `rows` rows of one tile: to(pixel / depth of a factor)[row].
+template <class Factor, class To>
+GUNN_INLINE void transpose_rows(const Sum<Factor>* from, int64_t rows, To to) {
+  if constexpr (kDepth<Factor> == 1) {
+    transpose_tile<Factor>(from, rows, to);
+  } else {
+    constexpr int64_t T = Simd<Factor>::tile;
+    transpose_pixel_factors<Factor>(
+        rows, to, [&](int64_t r, Factor* room) { store<Factor>(room, Products<Factor>::neighbours(from + r * T)); });
+  }
+}
+// The same from the factors of a product over channels; `channels` of them.
+template <class Factor, class To>
+GUNN_INLINE void transpose_channels(const Factor* from, int64_t channels, To to) {
+  if constexpr (kDepth<Factor> == 1) {
+    transpose_tile<Factor>(from, channels, to);
+  } else {
+    constexpr int64_t T = Simd<Factor>::tile;
+    transpose_pixel_factors<Factor>(channels, to, [&](int64_t c, Factor* room) {
+      Products<Factor>::regroup(from + c / kDepth<Factor> * T, c % kDepth<Factor>, room);
+    });
   }
 }
 
