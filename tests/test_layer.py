@@ -85,6 +85,16 @@ CUT = [
     Case(8, 2, batch=2, height=3, width=65),
 ]
 
+# Segments of few channels, more than make one panel; the last panel is short.
+PANELS = [
+    Case(14, 14, batch=3, height=5, width=6),
+    Case(14, 14, units=2, batch=2, height=3, width=17),
+    Case(20, 20, shortcut=False, residual=False, batch=2, height=4, width=5),
+    Case(28, 14, batch=1, height=9, width=8),
+    Case(27, 9, expansion=1, units=2, shortcut=False, batch=2, height=4, width=6),
+    Case(30, 30, batch=2, height=4, width=4),
+]
+
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("count", [2, 3, 4, 7])
@@ -99,7 +109,7 @@ def test_threads_share_images(case, mode, count, recompute):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*CUT, Case(60, 5, batch=3, height=16, width=16)], ids=str)
+@pytest.mark.parametrize("case", [*CUT, *PANELS, Case(60, 5, batch=3, height=16, width=16)], ids=str)
 def test_evaluation_does_not_depend_on_threads(case, dtype):
     layer = layer_of(sample(replace(case, mode="eval")), dtype)
     x = torch.randn(case.batch, case.channels, case.height, case.width, dtype=dtype)
@@ -108,6 +118,18 @@ def test_evaluation_does_not_depend_on_threads(case, dtype):
         for count in (2, 3, 4, 5, 8):
             with threads(count):
                 assert all(torch.equal(layer(x), expected) for _ in range(3)), count
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("case", PANELS, ids=str)
+def test_panels_of_segments(case, mode, count, recompute):
+    def ours(values):
+        with threads(count):
+            return run_sample(values, GunnLayer, torch.float32, recompute=recompute)
+
+    check(sample(replace(case, mode=mode)), ours, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,7 +141,8 @@ def test_pre_activations_kept_instead_of_recomputed(case, mode, dtype):
 
 @st.composite
 def cases(draw):
-    width, segments = draw(st.integers(1, 14)), draw(st.integers(1, 4))
+    few, many = st.integers(1, 4), st.integers(5, 16)
+    width, segments = draw(st.tuples(st.integers(1, 14), few) | st.tuples(st.integers(1, 3), many))
     case = Case(
         width * segments,
         segments,
@@ -195,12 +218,20 @@ def test_simultaneous_layer(case, mode, dtype):
     check_layer(replace(case, mode=mode, gradual=False), GunnLayer, dtype)
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+def test_gradcheck_of_panels(mode, residual, shortcut):
+    case = Case(20, 20, shortcut=shortcut, residual=residual, batch=2, height=1, width=2, mode=mode)
+    assert laws.gradcheck(sample(case, margin=1e-3), True, fast_mode=True)
+
+
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", [*OPTIONS, *PANELS[:3]], ids=str)
 def test_recomputation_changes_no_bit(case, dtype, count):
     with threads(count):
         laws.recomputation_changes_no_bit(sample(case), dtype)
@@ -209,9 +240,10 @@ def test_recomputation_changes_no_bit(case, dtype, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("segments", [5, 30])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_runs_are_bitwise_equal(recompute, batch, count, dtype):
-    values = sample(Case(60, 5, batch=batch, height=9, width=12))
+def test_runs_are_bitwise_equal(recompute, segments, batch, count, dtype):
+    values = sample(Case(60, segments, batch=batch, height=9, width=12))
     with threads(count):
         laws.runs_are_bitwise_equal(values, dtype, recompute, runs=6)
 

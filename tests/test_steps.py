@@ -5,6 +5,7 @@ import torch
 
 from gunn_ext import GunnLayer, ReferenceGunnLayer, ops
 
+PANELS = {"channels": 14, "segments": 14}  # more than one panel of the CPU's kernels
 OPTIONS = [
     {"shortcut": True},
     {"shortcut": False, "units": 2},
@@ -14,8 +15,8 @@ OPTIONS = [
 
 def make(options, batch=4, dtype=torch.float64):
     torch.manual_seed(3)
-    layer = GunnLayer(12, 3, dtype=dtype, **options)
-    x = torch.randn(batch, 12, 5, 6, dtype=dtype)
+    layer = GunnLayer(**{"channels": 12, "segments": 3, **options}, dtype=dtype)
+    x = torch.randn(batch, layer.channels, 5, 6, dtype=dtype)
     return layer, x, torch.randn_like(x)
 
 
@@ -66,7 +67,7 @@ def nothing(*_):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *(PANELS | options for options in OPTIONS)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_steps_give_the_same_bits_as_the_whole_pass(options, dtype, count, monkeypatch):
     monkeypatch.setattr(ops, "_SERIAL_WORK", 0)

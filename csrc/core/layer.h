@@ -19,6 +19,7 @@ struct LayerShape {
   int64_t hidden() const { return expansion * segment(); }
   int64_t inputs(int64_t unit) const { return unit == 0 ? channels : segment(); }
   bool projects(int64_t unit) const { return shortcut && unit == 0; }
+  int64_t reduce_rows(int64_t unit) const { return hidden() + (projects(unit) ? segment() : 0); }
 
   // Rows of one segment's statistics, per unit in this order: reduce (k), shortcut (s, unit 0), spatial (k), project
   // (s).

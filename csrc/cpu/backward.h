@@ -13,6 +13,9 @@
 // neighbours' dh2, so dh1 lies elsewhere. Gradients of the weights are summed by each thread over its pieces (channels
 // in lanes, so no horizontal sums), and over threads in order after the next barrier; two sets of buffers take turns.
 //
+// A panel of segments (stages.h) is left when its first segment is: until then dz1 of all its segments is kept, G and
+// dW1 of the panel's own columns are made segment by segment, and those of all others then in one product each.
+//
 // The state's transpose for dW1 is made a few tiles at a time: it costs about a tenth of that product and saves a copy
 // of the state as large as x.
 #pragma once
@@ -51,15 +54,16 @@ class BackwardPass {
 
   void run(const Team& team) {
     begin(team);
-    pack(shape_.segments - 1, team.index, team.size);
+    pack(panels().count() - 1, team.index, team.size);
     team.barrier();
     for (int64_t i = shape_.segments - 1; i >= 0; --i) {
       for (int64_t m = shape_.units - 1; m >= 0; --m) {
-        const bool enters = m == shape_.units - 1;
         project(team, i, m);
         team.barrier();
-        if (enters && i + 1 < shape_.segments) combine_weights(team, i + 1);
-        if (enters && i > 0) pack(i - 1, team.index, team.size);
+        if (m == shape_.units - 1 && enters_panel(i)) {
+          combine_weights(team, panels().index(i) + 1);
+          pack(panels().index(i) - 1, team.index, team.size);
+        }
         spatial(team, i, m);
         team.barrier();
         reduce(team, i, m);
@@ -74,10 +78,10 @@ class BackwardPass {
     if (which == Backward::begin) begin(team);
     if (which == Backward::finish) finish(team);
     if (which == Backward::project) {
-      if (m == shape_.units - 1) {
-        pack(i, team.index, team.size);
+      if (m == shape_.units - 1 && enters_panel(i)) {
+        pack(panels().index(i), team.index, team.size);
         team.barrier();
-        if (i + 1 < shape_.segments) combine_weights(team, i + 1);
+        combine_weights(team, panels().index(i) + 1);
       }
       project(team, i, m);
       publish(team, 0, i, m);
@@ -96,22 +100,30 @@ class BackwardPass {
  private:
   static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes, D = kDepth<Factor>;
 
-  // One thread's weight gradients of one segment, per unit: dW1 [input group][row][T], dW2 [dy][o][lanes], dW3
-  // [s][lanes].
+  // One thread's weight gradients of one panel: dW1 of unit 0 by blocks, each [input group][row][T]; then segment by
+  // segment, per unit: dW1 [input group][row][T], dW2 [dy][o][lanes], dW3 [s][lanes].
   struct GradientLayout {
     int64_t spatial_lanes, project_lanes;
+    int64_t reduce;
     int64_t spatial[2], project[2], unit_size[2];
-    explicit GradientLayout(const LayerShape& shape) {
+    int64_t segment, size;
+    GradientLayout(const LayerShape& shape, const Panels& panels) {
       const int64_t k = shape.hidden(), s = shape.segment();
       spatial_lanes = round_up(3 * k, L);
       project_lanes = round_up(k, L);
       for (int64_t m = 0; m < 2; ++m) {
-        spatial[m] = round_up(shape.inputs(m), T) * (k + (shape.projects(m) ? s : 0));
+        spatial[m] = m == 0 ? 0 : round_up(s, T) * k;
         project[m] = spatial[m] + 3 * k * spatial_lanes;
         unit_size[m] = round_up(project[m] + s * project_lanes, 16);
       }
+      reduce = round_up(panels.size * panels.rows * panels.padded_columns(T), 16);
+      segment = unit_size[0] + (shape.units - 1) * unit_size[1];
+      size = reduce + panels.size * segment;
     }
-    int64_t at(int64_t m) const { return m == 0 ? 0 : unit_size[0] + (m - 1) * unit_size[1]; }
+    // Where unit m begins; segments are counted from the panel's first.
+    int64_t at(int64_t i, int64_t m) const {
+      return reduce + i * segment + (m == 0 ? 0 : unit_size[0] + (m - 1) * unit_size[1]);
+    }
   };
 
   struct Own {
@@ -119,14 +131,14 @@ class BackwardPass {
     Convolution<Factor> transposed;  // of dz2
     GradientSums<Scalar> sums;
     Slope<Scalar> slope;      // of the exchange just settled
-    Scalar* gradient;         // rows of one tile
+    Scalar* gradient;         // rows of a few tiles
     Scalar* activation;       // relu(bn(z)), too
     Factor* gradient_rows;    // the gradient as factors over rows, where that takes a copy
     Scalar* hidden_lines;     // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
     Factor* hidden_pixels;    // the same as factors over pixels, one from every pixel on, where that takes a copy
     Factor* gradient_pixels;  // dz as factors over pixels, which are outermost
     Factor* input_pixels;     // a few tiles of the input, [input group][pixel][T]
-    Scalar* weights[2];       // gradients of the weights, for even and odd segments
+    Scalar* weights[2];       // gradients of the weights, for even and odd panels
 
     Own(const LayerShape& shape, const Geometry<Scalar>& geometry)
         : scratch(shape, geometry), transposed(geometry, shape.hidden()) {}
@@ -142,14 +154,15 @@ class BackwardPass {
     own.transposed.take(arena);
     own.sums.take(arena, k + 2 * s);
     own.slope.take(arena, k + 2 * s, options_.batch_statistics);
-    own.gradient = arena.take<Scalar>((k + s) * T);
+    own.gradient = arena.take<Scalar>(chunk_tiles_ * (k + s) * T);
     own.activation = arena.take<Scalar>(k * T);
-    own.gradient_rows = arena.take<Factor>(D > 1 ? factors<Factor>(k + s) * T : 0);
+    own.gradient_rows = arena.take<Factor>(D > 1 ? factors<Factor>(panels().size * (k + s)) * T : 0);
     own.hidden_lines = arena.take<Scalar>(hidden_lines_size());
     own.hidden_pixels = arena.take<Factor>(D > 1 ? hidden_lines_size() : 0);
-    own.gradient_pixels = arena.take<Factor>(larger(geometry.pixels * k, chunk_tiles_ * T * (k + s)) / D);
+    own.gradient_pixels =
+        arena.take<Factor>(larger(geometry.pixels * k, chunk_tiles_ * T * panels().size * (k + s)) / D);
     own.input_pixels = arena.take<Factor>(input_pixels_size());
-    for (auto& weights : own.weights) weights = arena.take<Scalar>(gradients_.at(shape_.units));
+    for (auto& weights : own.weights) weights = arena.take<Scalar>(gradients_.size);
   }
   Own own(int thread) const {
     Own own(shape_, stages_.geometry);
@@ -171,19 +184,14 @@ class BackwardPass {
     const int64_t threads = options_.threads, slots = shape_.batch, pixels = stages_.geometry.pixels;
     const int64_t k = shape_.hidden(), s = shape_.segment();
     kept_ = saved != nullptr;
-    stages_.take(arena, slots);
-    auto& z = stages_.z;
-    z.pixels = pixels;
-    z.slot_step = shape_.rows() * pixels;
-    z.segment_step = slots * z.slot_step;
-    z.segments = saved ? shape_.segments : 1;
-    z.data = saved ? saved : arena.take<Scalar>(z.segment_step);
+    stages_.take(arena, slots, 1, saved);
     gradient_ = arena.take<Scalar>(slots * pixels * shape_.channels);
     update_ = arena.take<Scalar>(slots * pixels * s);
     hidden_ = arena.take<Scalar>(slots * pixels * k);
     inner_ = arena.take<Scalar>(slots * pixels * k);
     shortcut_ = arena.take<Scalar>(shape_.shortcut ? slots * pixels * s : 0);
-    packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
+    panel_ = arena.take<Scalar>(panels().has_inside() ? slots * pixels * panels().size * panels().rows : 0);
+    packed_step_ = stages_.packed_layout.size;
     packed_ = arena.take<Factor>(2 * packed_step_);
     transposed_ = arena.take<Factor>(2 * packed_step_);
     for (auto& slot : partials_) slot = arena.take<double>(threads * 2 * (k + 2 * s));
@@ -213,26 +221,46 @@ class BackwardPass {
   Scalar* shortcut_tile(int64_t image, int64_t tile) const {
     return shortcut_ + (image * stages_.geometry.tiles + tile) * shape_.segment() * T;
   }
-  Factor* packed(int64_t i) const { return packed_ + i % 2 * packed_step_; }
+  Scalar* panel_tile(int64_t image, int64_t tile) const {
+    return panel_ + (image * stages_.geometry.tiles + tile) * panels().size * panels().rows * T;
+  }
+  const Panels& panels() const { return stages_.panels; }
+  bool enters_panel(int64_t i) const { return i == panels().of(i).last(); }
+  bool leaves_panel(int64_t i) const { return i == panels().of(i).first; }
+  Factor* packed(int64_t i, int64_t m, int64_t stage) const {
+    return stages_.packed(packed_ + panels().index(i) % 2 * packed_step_, i, m, stage);
+  }
   // Packed for the gradients, in the layout of the forward's: W1ᵀ (and the shortcut's), the rotated 3x3, W3ᵀ.
-  Factor* transposed(int64_t i) const { return transposed_ + i % 2 * packed_step_; }
+  Factor* transposed(int64_t i, int64_t m, int64_t stage) const {
+    return stages_.packed(transposed_ + panels().index(i) % 2 * packed_step_, i, m, stage);
+  }
+  Scalar* weights(const Own& mine, int64_t i, int64_t m) const {
+    return mine.weights[panels().index(i) % 2] + gradients_.at(i % panels().size, m);
+  }
   const typename Simd<Scalar>::Int* mask(int64_t tile) const { return stages_.mask + tile * T; }
 
-  void pack(int64_t i, int64_t part, int64_t parts) const {
-    if (!kept_) stages_.pack(i, packed(i), part, parts);
+  void pack(int64_t index, int64_t part, int64_t parts) const {
+    if (index < 0) return;
+    const Panel panel = panels().at(index);
+    if (!kept_) stages_.pack(panel, packed(panel.first, 0, 0), part, parts);
     const int64_t k = shape_.hidden(), s = shape_.segment();
-    for (int64_t m = 0; m < shape_.units; ++m) {
-      const auto& unit = tensors_.units[m];
-      const int64_t n = shape_.inputs(m), kind = m > 0;
-      Factor* to = transposed(i) + stages_.packed_layout.at(m);
-      const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
-      pack_columns(to, n, stages_.reduce_rows(m), part, parts,
-                   [&](int64_t c) { return c < k ? reduce + c * n : shortcut + (c - k) * n; });
-      Convolution<Factor>::pack(stages_.geometry, to + stages_.packed_layout.unit[kind][1],
-                                unit.spatial + i * k * k * 9, k, true, part, parts);
-      const Scalar* project = unit.project + i * s * k;
-      pack_columns(to + stages_.packed_layout.unit[kind][2], k, s, part, parts,
-                   [&](int64_t c) { return project + c * k; });
+    panels().for_blocks(panel, T, [&](const WeightBlock& block) {
+      pack_columns(
+          transposed(panel.first, 0, 0) + block.at, block.columns, block.segments * panels().rows, part, parts,
+          [&](int64_t c) { return stages_.reduce_weights(tensors_.units[0], block.first, 0, c) + block.column; });
+    });
+    for (int64_t i = panel.first; i <= panel.last(); ++i) {
+      for (int64_t m = 0; m < shape_.units; ++m) {
+        const auto& unit = tensors_.units[m];
+        if (m > 0) {
+          pack_columns(transposed(i, m, 0), s, k, part, parts,
+                       [&](int64_t c) { return stages_.reduce_weights(unit, i, m, c); });
+        }
+        Convolution<Factor>::pack(stages_.geometry, transposed(i, m, 1), unit.spatial + i * k * k * 9, k, true, part,
+                                  parts);
+        const Scalar* project = unit.project + i * s * k;
+        pack_columns(transposed(i, m, 2), k, s, part, parts, [&](int64_t c) { return project + c * k; });
+      }
     }
   }
 
@@ -274,13 +302,13 @@ class BackwardPass {
     for (int64_t m = 0; m < shape_.units; ++m) {
       if (!kept_) {
         stages_.for_own_pieces(
-            team, [&](const Piece& piece) { stages_.reduce(i, m, piece, stages_.packed(packed(i), m, 0)); });
+            team, [&](const Piece& piece) { stages_.reduce(i, m, piece, packed(i, m, 0), enters_panel(i)); });
         if (stages_.cuts_images(team)) team.barrier();
       }
       stages_.for_own_pieces(team, [&](const Piece& piece) {
         if (!kept_) {
-          stages_.spatial(i, m, piece, stages_.packed(packed(i), m, 1), affine, mine.scratch, nullptr);
-          stages_.project(i, m, piece, stages_.packed(packed(i), m, 2), affine, mine.scratch, nullptr);
+          stages_.spatial(i, m, piece, packed(i, m, 1), affine, mine.scratch, nullptr);
+          stages_.project(i, m, piece, packed(i, m, 2), affine, mine.scratch, nullptr);
         }
         if (m < shape_.units - 1) stages_.emit(i, m, piece, affine);
       });
@@ -366,10 +394,10 @@ class BackwardPass {
     const int64_t s = shape_.segment();
     const bool enters = m == shape_.units - 1;
     if (enters || options_.stepwise) set_affine(mine, i);
-    if (enters && options_.need_parameters) {
+    if (enters && enters_panel(i) && options_.need_parameters) {
       for (int thread = team.index; thread < writers(team); thread += team.size) {
-        Scalar* weights = own(thread).weights[i % 2];
-        for (int64_t j = 0; j < gradients_.at(shape_.units); ++j) weights[j] = 0;
+        Scalar* weights = own(thread).weights[panels().index(i) % 2];
+        for (int64_t j = 0; j < gradients_.size; ++j) weights[j] = 0;
       }
     }
     const Exchange rows = exchange(0, m);
@@ -404,9 +432,9 @@ class BackwardPass {
     settle(team, mine, 0, i, m);
     const int64_t k = shape_.hidden(), s = shape_.segment();
     const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.spatial_row(m));
-    const Factor* w = stages_.packed(transposed(i), m, 2);
+    const Factor* w = transposed(i, m, 2);
     const auto& sums = mine.sums;
-    Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.project[m > 0];
+    Scalar* weights = this->weights(mine, i, m) + gradients_.project[m > 0];
     sums.clear(k);
     stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
       const Scalar *d = update_tile(image, tile), *z2 = stages_.spatial_tile(i, m, image, tile);
@@ -439,9 +467,9 @@ class BackwardPass {
     const auto& geometry = stages_.geometry;
     const int64_t k = shape_.hidden(), row = geometry.row;
     const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.reduce_row(m));
-    const Factor* w = stages_.packed(transposed(i), m, 1);
+    const Factor* w = transposed(i, m, 1);
     const auto& sums = mine.sums;
-    Scalar* weights = mine.weights[i % 2] + gradients_.at(m) + gradients_.spatial[m > 0];
+    Scalar* weights = this->weights(mine, i, m) + gradients_.spatial[m > 0];
     sums.clear(k);
     stages_.for_own_pieces(team, [&](const Piece& piece) {
       const int64_t image = piece.slot, first_row = piece.first * T / row;
@@ -490,75 +518,109 @@ class BackwardPass {
   void input(const Team& team, int64_t i, int64_t m) const {
     const Own mine = own(team.index);
     settle(team, mine, 2, i, m);
-    const int64_t k = shape_.hidden(), s = shape_.segment(), n = shape_.inputs(m), rows = stages_.reduce_rows(m);
+    const int64_t k = shape_.hidden(), s = shape_.segment(), rows = stages_.reduce_rows(m);
     const Scalar* mean = mine.scratch.affine.mean + stages_.reduce_row(m);
-    const Factor* w = stages_.packed(transposed(i), m, 0);
-    Scalar* weights = mine.weights[i % 2] + gradients_.at(m);
+    const bool kept = m == 0 && panels().has_inside();
+    const Panel panel = panels().of(i);
     stages_.for_own_pieces(team, [&](const Piece& piece) {
-      const int64_t image = piece.slot;
       for (int64_t first = piece.first; first < piece.last; first += chunk_tiles_) {
-        const int64_t last = smaller(first + chunk_tiles_, piece.last);
-        for (int64_t tile = first; tile < last; ++tile) {
-          batch_norm_backward<Scalar>(inner_tile(image, tile), stages_.reduce_tile(i, m, image, tile), mean, mine.slope,
-                                      0, k, mask(tile), mine.gradient);
+        const Piece chunk{piece.slot, first, smaller(first + chunk_tiles_, piece.last)};
+        // dz1 of one tile, from segment j's on.
+        const auto gradient = [&](int64_t tile, int64_t j) {
+          return kept ? panel_tile(chunk.slot, tile) + (j - panel.first) * rows * T
+                      : mine.gradient + (tile - first) * rows * T;
+        };
+        for (int64_t tile = chunk.first; tile < chunk.last; ++tile) {
+          Scalar* dz = gradient(tile, i);
+          batch_norm_backward<Scalar>(inner_tile(chunk.slot, tile), stages_.reduce_tile(i, m, chunk.slot, tile), mean,
+                                      mine.slope, 0, k, mask(tile), dz);
           if (shape_.projects(m)) {
-            const Scalar* from = shortcut_tile(image, tile);
-            for (int64_t j = 0; j < s * T; ++j) mine.gradient[k * T + j] = from[j];
-          }
-          gemm_rows<Factor, Into::add>(w, n, row_factors<Factor>(mine.gradient, rows, mine.gradient_rows),
-                                       factors<Factor>(rows),
-                                       m == 0 ? gradient_tile(image, tile) : update_tile(image, tile));
-          if (!options_.need_parameters) continue;
-          const int64_t at = (tile - first) * T / D;
-          transpose_rows<Factor>(mine.gradient, rows,
-                                 [&](int64_t pixel) { return mine.gradient_pixels + (at + pixel) * rows; });
-          for (int64_t c = 0; c < n; c += T) {
-            Factor* group = mine.input_pixels + c * chunk_tiles_ * T / D + at * T;
-            transpose_channels<Factor>(stages_.input_tile(m, image, tile) + c / D * T, smaller(T, n - c),
-                                       [&](int64_t pixel) { return group + pixel * T; });
+            const Scalar* from = shortcut_tile(chunk.slot, tile);
+            for (int64_t j = 0; j < s * T; ++j) dz[k * T + j] = from[j];
           }
         }
-        if (!options_.need_parameters) continue;
-        const PixelRuns runs{1, (last - first) * T / D, 0, rows, 0, T};
-        for (int64_t c = 0; c < n; c += T) {
-          outer_rows<Factor>(runs, mine.gradient_pixels, rows, mine.input_pixels + c * chunk_tiles_ * T / D,
-                             round_up(smaller(T, n - c), L), weights + c * rows, T);
+        const auto differentiate_block = [&](const WeightBlock& block) {
+          differentiate(mine, m, block, chunk, transposed(i, 0, 0) + block.at,
+                        mine.weights[panels().index(i) % 2] + block.padded_at,
+                        [&](int64_t tile) { return gradient(tile, block.first); });
+        };
+        if (m > 0) {
+          differentiate(mine, m, {i, 1, 0, s, 0, 0}, chunk, transposed(i, m, 0), weights(mine, i, m),
+                        [&](int64_t tile) { return gradient(tile, i); });
+        } else {
+          if (kept) differentiate_block(panels().inside(panel, i, T));
+          if (leaves_panel(i)) panels().for_outside(panel, T, differentiate_block);
         }
       }
     });
   }
 
-  // Sums segment i's weight gradients over the threads, in order; each thread takes a share of the rows.
-  void combine_weights(const Team& team, int64_t i) const {
+  // G += Wᵀ dz and dW += dz ⊗ input for one block of the reduce stage's weights, on a few tiles.
+  template <class Gradient>
+  void differentiate(const Own& mine, int64_t m, const WeightBlock& block, const Piece& chunk, const Factor* w,
+                     Scalar* weights, const Gradient& gradient) const {
+    const int64_t rows = block.segments * stages_.reduce_rows(m);
+    for (int64_t tile = chunk.first; tile < chunk.last; ++tile) {
+      const Scalar* dz = gradient(tile);
+      Scalar* to = m == 0 ? gradient_tile(chunk.slot, tile) : update_tile(chunk.slot, tile);
+      gemm_rows<Factor, Into::add>(w, block.columns, row_factors<Factor>(dz, rows, mine.gradient_rows),
+                                   factors<Factor>(rows), to + block.column * T);
+      if (!options_.need_parameters) continue;
+      const int64_t at = (tile - chunk.first) * T / D;
+      transpose_rows<Factor>(dz, rows, [&](int64_t pixel) { return mine.gradient_pixels + (at + pixel) * rows; });
+      for (int64_t c = 0; c < block.columns; c += T) {
+        Factor* group = mine.input_pixels + c * chunk_tiles_ * T / D + at * T;
+        transpose_channels<Factor>(stages_.input_tile(m, chunk.slot, tile) + (block.column + c) / D * T,
+                                   smaller(T, block.columns - c), [&](int64_t pixel) { return group + pixel * T; });
+      }
+    }
     if (!options_.need_parameters) return;
+    const PixelRuns runs{1, (chunk.last - chunk.first) * T / D, 0, rows, 0, T};
+    for (int64_t c = 0; c < block.columns; c += T) {
+      outer_rows<Factor>(runs, mine.gradient_pixels, rows, mine.input_pixels + c * chunk_tiles_ * T / D,
+                         round_up(smaller(T, block.columns - c), L), weights + c * rows, T);
+    }
+  }
+
+  // Sums a panel's weight gradients over the threads, in order; each thread takes a share of the rows.
+  void combine_weights(const Team& team, int64_t index) const {
+    if (!options_.need_parameters || index >= panels().count()) return;
     const int64_t k = shape_.hidden(), s = shape_.segment();
+    const Panel panel = panels().at(index);
     const int64_t step = own_step_ / static_cast<int64_t>(sizeof(Scalar));
-    const Scalar* first = own(0).weights[i % 2];
+    const Scalar* first = own(0).weights[index % 2];
     const auto sum = [&](int64_t at) {
       Scalar total = 0;
       for (int thread = 0; thread < writers(team); ++thread) total += first[thread * step + at];
       return total;
     };
-    for (int64_t m = 0; m < shape_.units; ++m) {
-      const auto& grads = tensors_.grads[m];
-      const int64_t n = shape_.inputs(m), rows = stages_.reduce_rows(m), base = gradients_.at(m), kind = m > 0;
+    const auto reduce = [&](const WeightBlock& block, int64_t m, int64_t base) {
+      const int64_t rows = block.segments * stages_.reduce_rows(m);
       for (int64_t r = team.begin(rows); r < team.end(rows); ++r) {
-        Scalar* to = r < k ? grads.reduce + (i * k + r) * n : grads.shortcut + (i * s + r - k) * n;
-        for (int64_t c = 0; c < n; ++c) to[c] = sum(base + (c / T * rows + r) * T + c % T);
+        Scalar* to = stages_.reduce_weights(tensors_.grads[m], block.first, m, r) + block.column;
+        for (int64_t c = 0; c < block.columns; ++c) to[c] = sum(base + (c / T * rows + r) * T + c % T);
       }
-      const int64_t spatial = base + gradients_.spatial[kind];
-      for (int64_t o = team.begin(k); o < team.end(k); ++o) {
-        Scalar* to = grads.spatial + (i * k + o) * k * 9;
-        for (int64_t c = 0; c < k; ++c) {
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            to[c * 9 + tap] = sum(spatial + (tap / 3 * k + o) * gradients_.spatial_lanes + tap % 3 * k + c);
+    };
+    panels().for_blocks(panel, T, [&](const WeightBlock& block) { reduce(block, 0, block.padded_at); });
+    for (int64_t i = panel.first; i <= panel.last(); ++i) {
+      for (int64_t m = 0; m < shape_.units; ++m) {
+        const auto& grads = tensors_.grads[m];
+        const int64_t base = gradients_.at(i - panel.first, m), kind = m > 0;
+        if (m > 0) reduce({i, 1, 0, s, 0, 0}, m, base);
+        const int64_t spatial = base + gradients_.spatial[kind];
+        for (int64_t o = team.begin(k); o < team.end(k); ++o) {
+          Scalar* to = grads.spatial + (i * k + o) * k * 9;
+          for (int64_t c = 0; c < k; ++c) {
+            for (int64_t tap = 0; tap < 9; ++tap) {
+              to[c * 9 + tap] = sum(spatial + (tap / 3 * k + o) * gradients_.spatial_lanes + tap % 3 * k + c);
+            }
           }
         }
-      }
-      const int64_t project = base + gradients_.project[kind];
-      for (int64_t o = team.begin(s); o < team.end(s); ++o) {
-        Scalar* to = grads.project + (i * s + o) * k;
-        for (int64_t c = 0; c < k; ++c) to[c] = sum(project + o * gradients_.project_lanes + c);
+        const int64_t project = base + gradients_.project[kind];
+        for (int64_t o = team.begin(s); o < team.end(s); ++o) {
+          Scalar* to = grads.project + (i * s + o) * k;
+          for (int64_t c = 0; c < k; ++c) to[c] = sum(project + o * gradients_.project_lanes + c);
+        }
       }
     }
   }
@@ -577,13 +639,14 @@ class BackwardPass {
   const Options options_;
   Tensors tensors_{};
   Stages<Precision> stages_;
-  GradientLayout gradients_{shape_};
+  GradientLayout gradients_{shape_, stages_.panels};
   bool kept_ = false;
   Scalar* gradient_ = nullptr;  // G: the gradient of the state
   Scalar* update_ = nullptr;    // d: the gradient of a unit's output
   Scalar* hidden_ = nullptr;    // gradient of z2, before its batch norm
   Scalar* inner_ = nullptr;     // the same of z1
   Scalar* shortcut_ = nullptr;  // dz of the shortcut, made before its turn
+  Scalar* panel_ = nullptr;     // dz of all reduce rows of a panel
   Factor *packed_ = nullptr, *transposed_ = nullptr;
   int64_t packed_step_ = 0;
   double* partials_[3] = {};

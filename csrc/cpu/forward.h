@@ -48,7 +48,7 @@ class ForwardPass {
       for (int64_t m = 0; m < shape_.units; ++m) {
         reduce(team, i, m);
         team.barrier();
-        if (m == 0 && i + 1 < shape_.segments) pack(i + 1, team.index, team.size);
+        if (m == 0 && enters_panel(i)) pack(panels().index(i) + 1, team.index, team.size);
         spatial(team, i, m);
         team.barrier();
         project(team, i, m);
@@ -62,7 +62,7 @@ class ForwardPass {
     if (which == Forward::begin) begin(team);
     if (which == Forward::finish) finish(team);
     if (which == Forward::reduce) {
-      if (m == 0) pack(i, team.index, team.size);
+      if (m == 0 && enters_panel(i)) pack(panels().index(i), team.index, team.size);
       team.barrier();
       reduce(team, i, m);
       publish(team, 0, i, stages_.reduce_row(m), stages_.reduce_rows(m));
@@ -97,16 +97,10 @@ class ForwardPass {
     const int64_t threads = options_.threads;
     const bool reuses_slots = by_image() && !saved;
     const int64_t slots = reuses_slots ? smaller(threads, shape_.batch) : shape_.batch;
-    stages_.take(arena, slots);
-    auto& z = stages_.z;
-    z.pixels = stages_.geometry.pixels;
-    z.slot_step = shape_.rows() * z.pixels;
-    z.segment_step = slots * z.slot_step;
-    z.segments = saved ? shape_.segments : reuses_slots && threads > 1 ? 2 : 1;
-    z.data = saved ? saved : arena.take<Scalar>(z.segments * z.segment_step);
+    stages_.take(arena, slots, reuses_slots && threads > 1 ? 2 : 1, saved);
     kept_ = saved != nullptr;
-    packed_step_ = round_up(stages_.packed_layout.at(shape_.units), 16);
-    packed_count_ = by_image() ? shape_.segments : 2;
+    packed_step_ = stages_.packed_layout.size;
+    packed_count_ = by_image() ? panels().count() : 2;
     packed_ = arena.take<Factor>(packed_count_ * packed_step_);
     table_.take(arena, by_image() ? shape_.segments * shape_.rows() : 0);
     for (auto& slot : partials_) {
@@ -127,8 +121,15 @@ class ForwardPass {
     return own;
   }
 
-  Factor* packed(int64_t i) const { return packed_ + i % packed_count_ * packed_step_; }
-  void pack(int64_t i, int64_t part, int64_t parts) const { stages_.pack(i, packed(i), part, parts); }
+  const Panels& panels() const { return stages_.panels; }
+  bool enters_panel(int64_t i) const { return i % panels().size == 0; }
+  Factor* packed_panel(int64_t panel) const { return packed_ + panel % packed_count_ * packed_step_; }
+  const Factor* packed(int64_t i, int64_t m, int64_t stage) const {
+    return stages_.packed(packed_panel(panels().index(i)), i, m, stage);
+  }
+  void pack(int64_t panel, int64_t part, int64_t parts) const {
+    if (panel < panels().count()) stages_.pack(panels().at(panel), packed_panel(panel), part, parts);
+  }
   Scalar mean(int64_t i, int64_t row) const { return tensors_.statistics[i * shape_.rows() + row]; }
   Scalar var(int64_t i, int64_t row) const { return tensors_.statistics[(shape_.segments + i) * shape_.rows() + row]; }
 
@@ -141,8 +142,8 @@ class ForwardPass {
       own(thread).convolution.clear();
     }
     if (by_image()) {
+      for (int64_t panel = team.begin(panels().count()); panel < team.end(panels().count()); ++panel) pack(panel, 0, 1);
       for (int64_t i = team.begin(shape_.segments); i < team.end(shape_.segments); ++i) {
-        pack(i, 0, 1);
         for (int64_t row = 0; row < shape_.rows(); ++row) {
           stages_.set_affine(table_.at(i * shape_.rows()), i, row, mean(i, row), var(i, row), options_.eps);
         }
@@ -185,11 +186,10 @@ class ForwardPass {
     for (int64_t i = 0; i < shape_.segments; ++i) {
       const Affine<Scalar> affine = table_.at(i * shape_.rows());
       for (int64_t m = 0; m < shape_.units; ++m) {
-        const Factor *reduce = stages_.packed(packed(i), m, 0), *spatial = stages_.packed(packed(i), m, 1),
-                     *project = stages_.packed(packed(i), m, 2);
+        const Factor *reduce = packed(i, m, 0), *spatial = packed(i, m, 1), *project = packed(i, m, 2);
         for_pieces([&](const Piece& piece) {
           for (int64_t tile = piece.first; tile < piece.last; ++tile) {
-            stages_.reduce_tile_stage(i, m, piece.slot, tile, reduce, nullptr);
+            stages_.reduce_tile_stage(i, m, piece.slot, tile, reduce, enters_panel(i), nullptr);
             if (!shared) stages_.put_hidden(i, m, piece.slot, tile, affine, mine.convolution);
           }
         });
@@ -273,12 +273,12 @@ class ForwardPass {
     const Own mine = own(team.index);
     int64_t pi = 0, pm = 0;
     const bool pending = previous(team, mine, i, m, &pi, &pm);
-    const Factor* w = stages_.packed(packed(i), m, 0);
+    const Factor* w = packed(i, m, 0);
     const int64_t rows = stages_.reduce_rows(m);
     mine.moments.clear(rows);
     stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
       if (pending) stages_.emit_tile(pi, pm, image, tile, mine.affine);
-      stages_.reduce_tile_stage(i, m, image, tile, w, &mine.moments);
+      stages_.reduce_tile_stage(i, m, image, tile, w, enters_panel(i), &mine.moments);
     });
     post(team, 0, mine.moments, rows);
   }
@@ -289,7 +289,7 @@ class ForwardPass {
     const int64_t rows = shape_.hidden();
     mine.moments.clear(rows);
     stages_.for_own_pieces(team, [&](const Piece& piece) {
-      stages_.spatial(i, m, piece, stages_.packed(packed(i), m, 1), mine.affine, mine, &mine.moments);
+      stages_.spatial(i, m, piece, packed(i, m, 1), mine.affine, mine, &mine.moments);
     });
     post(team, 1, mine.moments, rows);
   }
@@ -300,7 +300,7 @@ class ForwardPass {
     const int64_t rows = shape_.segment();
     mine.moments.clear(rows);
     stages_.for_own_pieces(team, [&](const Piece& piece) {
-      stages_.project(i, m, piece, stages_.packed(packed(i), m, 2), mine.affine, mine, &mine.moments);
+      stages_.project(i, m, piece, packed(i, m, 2), mine.affine, mine, &mine.moments);
     });
     post(team, 2, mine.moments, rows);
   }

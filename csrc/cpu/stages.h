@@ -9,8 +9,14 @@
 // stage touches its own tiles only, but for the 3x3, which reads z1 (and in the backward dz2) of the rows next to a
 // piece; a thread activates those once more in an image of its own.
 //
-// z1, z2, z3 lie in one buffer as [slot][unit row][tile][row][pixel]: a slot is an image where they are needed again, a
-// thread where they are not; keeping them for the backward is only a stride.
+// A segment of few channels has few rows in the reduce stage, and a product of 3 rows with a state of hundreds of
+// channels takes as long as the state takes to stream. Consecutive segments with few rows therefore make a panel: the
+// columns of the state that none of them changes are multiplied for all their rows at once, when the panel is entered;
+// the panel's own columns are added segment by segment, as they then are. A panel of one segment is one product.
+//
+// z1, z2, z3 lie in one buffer as [panel][slot][unit row][tile][row][pixel], the reduce rows of unit 0 of a panel's
+// segments side by side: a slot is an image where they are needed again, a thread where they are not; keeping them for
+// the backward is only a stride.
 #pragma once
 
 #include "cpu/batch_norm.h"
@@ -30,36 +36,102 @@ Options with_useful_threads(const LayerShape& shape, Options options) {
   return options;
 }
 
-// Where the packed weights of one segment lie.
+// Segments [first, first + count) whose reduce stages of unit 0 are computed together.
+struct Panel {
+  int64_t first, count;
+  int64_t last() const { return first + count - 1; }
+};
+
+// A block of the reduce weights of unit 0: all rows of some segments, some columns of the state.
+struct WeightBlock {
+  int64_t first, segments;
+  int64_t column, columns;
+  int64_t at, padded_at;  // where it begins among its panel's, and where if columns were padded to whole tiles
+};
+
+// How segments make panels: as many as fill three row blocks, where one alone fills less than two, and an even number
+// of channels, for the state may hold these in pairs.
+struct Panels {
+  int64_t segments, channels, width, rows;  // of the layer, of its state, of a segment: its channels, its reduce rows
+  int64_t size;                             // segments of a panel, but of the last
+
+  explicit Panels(const LayerShape& shape)
+      : segments(shape.segments), channels(shape.channels), width(shape.segment()), rows(shape.reduce_rows(0)) {
+    const int64_t enough = (36 + rows - 1) / rows, even = enough + enough * width % 2;
+    size = rows >= 24 || even >= segments ? 1 : even;
+  }
+  int64_t count() const { return (segments + size - 1) / size; }
+  int64_t index(int64_t segment) const { return segment / size; }
+  Panel at(int64_t index) const { return {index * size, smaller(size, segments - index * size)}; }
+  Panel of(int64_t segment) const { return at(index(segment)); }
+
+  // Calls visit(WeightBlock) for what no segment of the panel changes: columns to the left and to the right of its own.
+  template <class Visit>
+  GUNN_INLINE void for_outside(const Panel& panel, int64_t tile, Visit visit) const {
+    const int64_t begin = size == 1 ? channels : panel.first * width,
+                  end = begin + (size == 1 ? 0 : panel.count * width);
+    const int64_t all = panel.count * rows;
+    if (begin > 0) visit(WeightBlock{panel.first, panel.count, 0, begin, 0, 0});
+    if (end < channels) {
+      visit(WeightBlock{panel.first, panel.count, end, channels - end, all * begin, all * round_up(begin, tile)});
+    }
+  }
+  bool has_inside() const { return size > 1; }
+  // The panel's own columns, for one of its segments.
+  WeightBlock inside(const Panel& panel, int64_t segment, int64_t tile) const {
+    const int64_t begin = panel.first * width, columns = panel.count * width, rest = channels - begin - columns;
+    const int64_t all = panel.count * rows, before = (segment - panel.first) * rows;
+    return {segment,
+            1,
+            begin,
+            columns,
+            all * (begin + rest) + before * columns,
+            all * (round_up(begin, tile) + round_up(rest, tile)) + before * round_up(columns, tile)};
+  }
+  template <class Visit>
+  GUNN_INLINE void for_blocks(const Panel& panel, int64_t tile, Visit visit) const {
+    for_outside(panel, tile, visit);
+    for (int64_t i = panel.first; has_inside() && i <= panel.last(); ++i) visit(inside(panel, i, tile));
+  }
+  // Values of one row, padded, over all blocks it is in: no more than this.
+  int64_t padded_columns(int64_t tile) const { return channels + (has_inside() ? 3 : 1) * tile; }
+};
+
+// Where the packed weights of one panel lie: the reduce weights of unit 0 of all its segments, then segment by segment.
 struct PackedLayout {
+  int64_t reduce;
   int64_t unit[2][3] = {};  // [first unit or a later one][reduce, spatial, project], from the start of the unit
   int64_t unit_size[2] = {};
+  int64_t segment, size;
 
   // A 3x3 weight is packed as `values_of_weight` numbers.
-  PackedLayout(const LayerShape& shape, int64_t values_of_weight) {
+  PackedLayout(const LayerShape& shape, const Panels& panels, int64_t values_of_weight) {
     const int64_t k = shape.hidden(), s = shape.segment();
     for (int64_t m = 0; m < 2; ++m) {
-      unit[m][1] = shape.inputs(m) * (k + (shape.projects(m) ? s : 0));
+      unit[m][1] = m == 0 ? 0 : s * k;
       unit[m][2] = unit[m][1] + k * k * values_of_weight;
       unit_size[m] = round_up(unit[m][2] + s * k, 16);
     }
+    reduce = round_up(panels.size * panels.rows * panels.channels, 16);
+    segment = unit_size[0] + (shape.units - 1) * unit_size[1];
+    size = reduce + panels.size * segment;
   }
-  // Where unit m begins; at(units) is the size of the whole.
-  int64_t at(int64_t m) const { return m == 0 ? 0 : unit_size[0] + (m - 1) * unit_size[1]; }
+  // Segments are counted from the panel's first.
+  int64_t at(int64_t i, int64_t m, int64_t stage) const {
+    if (m == 0 && stage == 0) return 0;
+    return reduce + i * segment + (m == 0 ? 0 : unit_size[0] + (m - 1) * unit_size[1]) + unit[m > 0][stage];
+  }
 };
 
 // z1 | shortcut | z2 | z3 of all units, in the row order of the statistics.
 template <class Scalar>
 struct PreActivations {
   Scalar* data = nullptr;
-  int64_t segments = 1;  // kept at once: segment i overwrites segment i - segments
-  int64_t segment_step = 0;
-  int64_t slot_step = 0;
+  int64_t panels = 1;      // kept at once: panel p overwrites panel p - panels
+  bool compact = false;    // a short panel takes no more than it needs
+  int64_t panel_step = 0;  // of a panel that is not short
+  int64_t slot_step = 0;   // of one segment
   int64_t pixels = 0;
-
-  Scalar* at(int64_t segment, int64_t slot, int64_t row) const {
-    return data + segment % segments * segment_step + slot * slot_step + row * pixels;
-  }
 };
 
 // What one thread needs for itself.
@@ -89,6 +161,7 @@ struct Stages {
   const LayerShape& shape;
   const UnitTensors<const Scalar*>* parameters;
   Geometry<Scalar> geometry;
+  Panels panels;
   PackedLayout packed_layout;
   Int* mask;
   Factor* state;    // [slot][tile][N][T]
@@ -100,13 +173,21 @@ struct Stages {
       : shape(shape_),
         parameters(parameters_),
         geometry(shape_),
-        packed_layout(shape_, Convolution<Factor>::values_of_weight(geometry, shape_.hidden())) {}
+        panels(shape_),
+        packed_layout(shape_, panels, Convolution<Factor>::values_of_weight(geometry, shape_.hidden())) {}
 
-  void take(Arena& arena, int64_t slots_) {
+  // Pre-activations of `panels_kept` panels, or of all of them where `saved` is.
+  void take(Arena& arena, int64_t slots_, int64_t panels_kept, Scalar* saved) {
     slots = slots_;
     mask = arena.take<Int>(geometry.pixels);
     state = arena.take<Factor>(slots * state_size());
     outputs = arena.take<Factor>((shape.units - 1) * slots * output_size());
+    z.panels = saved ? panels.count() : panels_kept;
+    z.compact = saved;
+    z.pixels = geometry.pixels;
+    z.slot_step = shape.rows() * z.pixels;
+    z.panel_step = panels.size * slots * z.slot_step;
+    z.data = saved ? saved : arena.take<Scalar>(z.panels * z.panel_step);
   }
 
   // Calls visit(Piece) for this thread's pieces of the batch.
@@ -145,42 +226,74 @@ struct Stages {
 
   // Rows of the statistics where the batch norms of unit m begin.
   int64_t reduce_row(int64_t m) const { return shape.unit_row(m); }
-  int64_t reduce_rows(int64_t m) const { return shape.hidden() + (shape.projects(m) ? shape.segment() : 0); }
+  int64_t reduce_rows(int64_t m) const { return shape.reduce_rows(m); }
   int64_t shortcut_row() const { return shape.hidden(); }
   int64_t spatial_row(int64_t m) const { return reduce_row(m) + reduce_rows(m); }
   int64_t project_row(int64_t m) const { return spatial_row(m) + shape.hidden(); }
 
+  // Segments that a panel has room for: the next panel may overwrite it tile by tile, so all have the same.
+  int64_t room(const Panel& panel) const { return z.compact ? panel.count : panels.size; }
+  Scalar* panel_z(const Panel& panel, int64_t slot) const {
+    return z.data + panels.index(panel.first) % z.panels * z.panel_step + slot * room(panel) * z.slot_step;
+  }
+  // Reduce rows of unit 0, of all segments of a panel.
+  Scalar* panel_tile(const Panel& panel, int64_t slot, int64_t tile) const {
+    return panel_z(panel, slot) + tile * room(panel) * panels.rows * T;
+  }
+  // Any later row of one segment.
+  Scalar* row_z(int64_t i, int64_t slot, int64_t row) const {
+    const Panel panel = panels.of(i);
+    const int64_t together = panels.rows * z.pixels;
+    return panel_z(panel, slot) + room(panel) * together + (i - panel.first) * (z.slot_step - together) +
+           (row - panels.rows) * z.pixels;
+  }
+
   Scalar* reduce_tile(int64_t i, int64_t m, int64_t slot, int64_t tile) const {
-    return z.at(i, slot, reduce_row(m)) + tile * reduce_rows(m) * T;
+    if (m > 0) return row_z(i, slot, reduce_row(m)) + tile * reduce_rows(m) * T;
+    const Panel panel = panels.of(i);
+    return panel_tile(panel, slot, tile) + (i - panel.first) * panels.rows * T;
   }
   Scalar* shortcut_tile(int64_t i, int64_t slot, int64_t tile) const {
     return reduce_tile(i, 0, slot, tile) + shape.hidden() * T;
   }
   Scalar* spatial_tile(int64_t i, int64_t m, int64_t slot, int64_t tile) const {
-    return z.at(i, slot, spatial_row(m)) + tile * shape.hidden() * T;
+    return row_z(i, slot, spatial_row(m)) + tile * shape.hidden() * T;
   }
   Scalar* project_tile(int64_t i, int64_t m, int64_t slot, int64_t tile) const {
-    return z.at(i, slot, project_row(m)) + tile * shape.segment() * T;
+    return row_z(i, slot, project_row(m)) + tile * shape.segment() * T;
   }
 
-  // This part's share of packing the forward weights of segment i.
-  void pack(int64_t i, Factor* dst, int64_t part, int64_t parts) const {
+  // Row `row` of the reduce weights (or their gradients) from segment i on, the shortcut's after the hidden ones.
+  template <class Pointer>
+  Pointer reduce_weights(const UnitTensors<Pointer>& unit, int64_t i, int64_t m, int64_t row) const {
+    const int64_t k = shape.hidden(), s = shape.segment(), n = shape.inputs(m);
+    i += row / reduce_rows(m);
+    row %= reduce_rows(m);
+    return row < k ? unit.reduce + (i * k + row) * n : unit.shortcut + (i * s + row - k) * n;
+  }
+
+  // This part's share of packing the forward weights of a panel.
+  void pack(const Panel& panel, Factor* dst, int64_t part, int64_t parts) const {
     const int64_t k = shape.hidden(), s = shape.segment();
-    for (int64_t m = 0; m < shape.units; ++m) {
-      const auto& unit = parameters[m];
-      const int64_t n = shape.inputs(m), kind = m > 0;
-      Factor* to = dst + packed_layout.at(m);
-      const Scalar *reduce = unit.reduce + i * k * n, *shortcut = unit.shortcut + i * s * n;
-      pack_rows(to, reduce_rows(m), n, part, parts,
-                [&](int64_t r) { return r < k ? reduce + r * n : shortcut + (r - k) * n; });
-      Convolution<Factor>::pack(geometry, to + packed_layout.unit[kind][1], unit.spatial + i * k * k * 9, k, false,
-                                part, parts);
-      const Scalar* project = unit.project + i * s * k;
-      pack_rows(to + packed_layout.unit[kind][2], s, k, part, parts, [&](int64_t r) { return project + r * k; });
+    panels.for_blocks(panel, T, [&](const WeightBlock& block) {
+      pack_rows(dst + block.at, block.segments * panels.rows, block.columns, part, parts,
+                [&](int64_t r) { return reduce_weights(parameters[0], block.first, 0, r) + block.column; });
+    });
+    for (int64_t i = panel.first; i <= panel.last(); ++i) {
+      for (int64_t m = 0; m < shape.units; ++m) {
+        const auto& unit = parameters[m];
+        if (m > 0) {
+          pack_rows(packed(dst, i, m, 0), k, s, part, parts, [&](int64_t r) { return reduce_weights(unit, i, m, r); });
+        }
+        Convolution<Factor>::pack(geometry, packed(dst, i, m, 1), unit.spatial + i * k * k * 9, k, false, part, parts);
+        const Scalar* project = unit.project + i * s * k;
+        pack_rows(packed(dst, i, m, 2), s, k, part, parts, [&](int64_t r) { return project + r * k; });
+      }
     }
   }
-  const Factor* packed(const Factor* segment, int64_t m, int64_t stage) const {
-    return segment + packed_layout.at(m) + packed_layout.unit[m > 0][stage];
+  // Weights of segment i among its panel's; those of the reduce stage of unit 0 are the panel's.
+  Factor* packed(Factor* panel, int64_t i, int64_t m, int64_t stage) const {
+    return panel + packed_layout.at(i % panels.size, m, stage);
   }
 
   // Weight and bias (or their gradients) of the batch norm behind row `row` of the statistics of segment i, in unit m.
@@ -241,12 +354,40 @@ struct Stages {
     for (int64_t tile = piece.first; tile < piece.last; ++tile) emit_tile(i, m, piece.slot, tile, affine);
   }
 
+  // All reduce rows of a panel on one tile, but for the panel's own columns.
+  GUNN_NOINLINE void enter_panel(const Panel& panel, const Factor* from, const Factor* w, Scalar* z1) const {
+    bool first = true;
+    panels.for_outside(panel, T, [&](const WeightBlock& block) {
+      if (first) {
+        multiply_block<Into::store>(block, from, w, z1);
+      } else {
+        multiply_block<Into::add>(block, from, w, z1);
+      }
+      first = false;
+    });
+  }
+  template <Into into>
+  GUNN_INLINE void multiply_block(const WeightBlock& block, const Factor* from, const Factor* w, Scalar* z1) const {
+    gemm_rows<Factor, into>(w + block.at, block.segments * panels.rows, from + block.column / kDepth<Factor> * T,
+                            factors<Factor>(block.columns), z1);
+  }
+
   // `moments`, where given, take in what the stage computes.
-  void reduce_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Factor* w,
+  // `enters`: this is the first segment of its panel to be computed, from the left or from the right.
+  void reduce_tile_stage(int64_t i, int64_t m, int64_t slot, int64_t tile, const Factor* w, bool enters,
                          const Moments<Scalar>* moments) const {
     Scalar* z1 = reduce_tile(i, m, slot, tile);
     const int64_t rows = reduce_rows(m);
-    gemm_rows<Factor, Into::store>(w, rows, input_tile(m, slot, tile), factors<Factor>(shape.inputs(m)), z1);
+    if (m > 0) {
+      gemm_rows<Factor, Into::store>(w, rows, input_tile(m, slot, tile), factors<Factor>(shape.inputs(m)), z1);
+    } else {
+      const Panel panel = panels.of(i);
+      const Factor* from = state_tile(slot, tile);
+      if (enters) enter_panel(panel, from, w, panel_tile(panel, slot, tile));
+      if (panels.has_inside()) {
+        multiply_block<Into::add>(panels.inside(panel, i, T), from, w, z1);
+      }
+    }
     if (moments) moments->add(z1, rows, mask + tile * T);
   }
 
@@ -273,9 +414,9 @@ struct Stages {
     convolution.run(w, shape.hidden(), piece, z2, done);
   }
 
-  void reduce(int64_t i, int64_t m, const Piece& piece, const Factor* w) const {
+  void reduce(int64_t i, int64_t m, const Piece& piece, const Factor* w, bool enters) const {
     for (int64_t tile = piece.first; tile < piece.last; ++tile) {
-      reduce_tile_stage(i, m, piece.slot, tile, w, nullptr);
+      reduce_tile_stage(i, m, piece.slot, tile, w, enters, nullptr);
     }
   }
 
