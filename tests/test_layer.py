@@ -32,6 +32,16 @@ def parallel_however_small(monkeypatch):
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
+def check_on_threads(case, count, dtype=torch.float32, **options):
+    """`check_layer` on so many threads."""
+
+    def ours(values):
+        with threads(count):
+            return run_sample(values, GunnLayer, dtype, **options)
+
+    check(sample(case), ours, dtype)
+
+
 # Rows of two and of one and a half vectors' patches, blocks of 24, 12 and 4 rows, halves of vectors, odd heights.
 PATCHES = [
     Case(40, 2, batch=1, height=5, width=40),
@@ -47,32 +57,20 @@ PATCHES = [
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", SHAPES + PATCHES, ids=str)
 def test_awkward_shapes(case, mode, dtype):
-    def ours(values):
-        with threads(2):
-            return run_sample(values, GunnLayer, dtype)
-
-    check(sample(replace(case, mode=mode)), ours, dtype)
+    check_on_threads(replace(case, mode=mode), 2, dtype)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", GUNN_15, ids=str)
 def test_layers_of_gunn15(case, mode):
-    def ours(values):
-        with threads(2):
-            return run_sample(values, GunnLayer, torch.float32)
-
-    check(sample(replace(case, mode=mode)), ours, torch.float32)
+    check_on_threads(replace(case, mode=mode), 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_any_number_of_threads(mode, batch, count):
-    def ours(values):
-        with threads(count):
-            return run_sample(values, GunnLayer, torch.float32)
-
-    check(sample(replace(SMALL, batch=batch, mode=mode)), ours, torch.float32)
+    check_on_threads(replace(SMALL, batch=batch, mode=mode), count)
 
 
 # Images of several bands of rows: several tiles to a row, odd heights, two rows to a vector, few bands.
@@ -101,11 +99,7 @@ PANELS = [
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("case", CUT, ids=str)
 def test_threads_share_images(case, mode, count, recompute):
-    def ours(values):
-        with threads(count):
-            return run_sample(values, GunnLayer, torch.float32, recompute=recompute)
-
-    check(sample(replace(case, mode=mode)), ours, torch.float32)
+    check_on_threads(replace(case, mode=mode), count, recompute=recompute)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,11 +119,7 @@ def test_evaluation_does_not_depend_on_threads(case, dtype):
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("case", PANELS, ids=str)
 def test_panels_of_segments(case, mode, count, recompute):
-    def ours(values):
-        with threads(count):
-            return run_sample(values, GunnLayer, torch.float32, recompute=recompute)
-
-    check(sample(replace(case, mode=mode)), ours, torch.float32)
+    check_on_threads(replace(case, mode=mode), count, recompute=recompute)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
