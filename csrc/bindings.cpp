@@ -272,6 +272,9 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("build_info", &build_info);
   m.def("simd_level", &simd_level);
+  m.def(
+      "multiply_adds", [](int threads, int64_t rounds) { return cpu_kernels().multiply_adds(threads, rounds); },
+      "threads"_a, "rounds"_a, release);
   m.def("sizes", &sizes, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
   m.def("drivers", &drivers, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
   m.def("prefer_large_pages", &prefer_large_pages, "begin"_a, "bytes"_a);

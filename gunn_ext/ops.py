@@ -40,6 +40,11 @@ def core_info() -> dict[str, Any]:
     return {**_core.build_info(), "simd": _core.simd_level()}
 
 
+def multiply_adds(rounds: int) -> float:
+    """Multiply float32 registers ``rounds`` times on every thread of torch; returns the FLOPs, for a yardstick."""
+    return float(_core.multiply_adds(torch.get_num_threads(), rounds))
+
+
 # --- The backends --------------------------------------------------------------------------------------------------
 
 

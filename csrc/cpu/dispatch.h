@@ -11,6 +11,7 @@ struct LevelKernels {
   Kernels<double> float64;
   Kernels<BFloat16, float, float> bfloat16;
   Kernels<Float16, float, float> float16;
+  double (*multiply_adds)(int threads, int64_t rounds);  // peak.h
 };
 
 extern const LevelKernels kernels_baseline;

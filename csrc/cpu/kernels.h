@@ -5,6 +5,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/peak.h"
 
 namespace gunn {
 namespace {
@@ -52,6 +53,16 @@ void backward_step(const LayerShape& shape, const Options& options, const typena
                    Backward which, int64_t segment, int64_t unit) {
   BackwardPass<Precision> pass(shape, options, tensors);
   in_parallel(pass.threads(), [&](const Team& team) { pass.step(team, which, segment, unit); });
+}
+
+// On each of `threads` threads; returns the FLOPs of all.
+inline double multiply_adds(int threads, int64_t rounds) {
+  double each = 0;
+  in_parallel(threads, [&](const Team& team) {
+    const double done = multiply_add_registers(rounds);
+    if (team.index == 0) each = done;
+  });
+  return each * threads;
 }
 
 inline DriverNames drivers(const LayerShape&, const Options&, bool) { return {"fused", "fused"}; }

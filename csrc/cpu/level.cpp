@@ -15,6 +15,6 @@ using BFloat16Precision = Precision<BFloat16, float>;
 
 const LevelKernels GUNN_PASTE(kernels_, GUNN_LEVEL) = {kernels<Precision<float>>(), kernels<Precision<double>>(),
                                                        kernels<BFloat16Precision>(),
-                                                       kernels<Precision<Float16, float>>()};
+                                                       kernels<Precision<Float16, float>>(), multiply_adds};
 
 }  // namespace gunn

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,9 @@ class Contest:
         if dtype not in self._peaks:
             peak = measure_peak(self.settings.device, getattr(torch, dtype), reduced=self.settings.reduced)
             self._peaks[dtype] = peak
-            self.environment[f"peak_{dtype}"] = {"gflops": round(peak.gflops, 1), "gbps": round(peak.gbps, 1)}
+            self.environment[f"peak_{dtype}"] = {
+                name: round(value, 1) for name, value in asdict(peak).items() if value is not None
+            }
         return self._peaks[dtype]
 
     def limits(self) -> DeviceLimits | None:
@@ -162,6 +164,8 @@ class Contest:
             row |= summary(found)
             row["gflops"] = flops / row["ms"] / 1e6
             row["share_of_peak"] = row["gflops"] / peak.gflops
+            if peak.register_gflops:
+                row["share_of_registers"] = row["gflops"] / peak.register_gflops
             if least_bytes:
                 row["bytes"], row["gbps"] = int(least_bytes), least_bytes / row["ms"] / 1e6
         rows = [entry.row for entry in cell]

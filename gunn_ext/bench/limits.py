@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from gunn_ext import ops
 from gunn_ext.analysis.performance import H200, DeviceLimits, cpu_limits
 from gunn_ext.bench.timing import Work, clock_for
 
@@ -20,10 +21,12 @@ class Peak:
     Attributes:
         gflops: Of a square matrix product in one dtype.
         gbps: Of a copy, bytes read and written.
+        register_gflops: Of float32 multiply-adds between a CPU's registers, which no kernel can exceed.
     """
 
     gflops: float
     gbps: float
+    register_gflops: float | None = None
 
 
 def measure_peak(device: str, dtype: torch.dtype, *, reduced: bool = False) -> Peak:
@@ -37,7 +40,12 @@ def measure_peak(device: str, dtype: torch.dtype, *, reduced: bool = False) -> P
     source = torch.zeros(elements, device=device)
     target = torch.empty_like(source)
     copied = min(clock(lambda: target.copy_(source)) for _ in range(_RUNS)) / 1e3
-    return Peak(gflops=2.0 * side**3 / seconds / 1e9, gbps=2.0 * 4 * elements / copied / 1e9)
+    registers = None
+    if not cuda and dtype == torch.float32:
+        rounds = 1000 if reduced else 2_000_000
+        best = min(clock(lambda: ops.multiply_adds(rounds)) for _ in range(_RUNS)) / 1e3
+        registers = rounds * ops.multiply_adds(1) / best / 1e9
+    return Peak(2.0 * side**3 / seconds / 1e9, 2.0 * 4 * elements / copied / 1e9, registers)
 
 
 def _product(side: int, device: str, dtype: torch.dtype) -> Work:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gunn_ext import ops
+from gunn_ext.analysis.performance import LayerSizes
 from gunn_ext.bench.cases import Case, build
 from gunn_ext.bench.contest import Settings
 from gunn_ext.bench.peers import asking_for, peers_of
@@ -69,11 +70,41 @@ def _stages(case: Case, batch: int, dtype: str) -> str:
         _timed(backward, "backward", ("project", "spatial", "reduce", "input"), order[::-1], spent)
         best = {name: min(seconds, best.get(name, seconds)) for name, seconds in spent.items()}
     total = sum(best.values())
-    lines = [
-        f"{name:18} {1e3 * seconds:9.3f} ms  {100 * seconds / total:5.1f} %" for name, seconds in best.items()
-    ]  # fmt: skip
+    work = _work_of_stages(sizes, batch, x.element_size())
+    lines = []
+    for name, seconds in best.items():
+        line = f"{name:18} {1e3 * seconds:9.3f} ms  {100 * seconds / total:5.1f} %"
+        if name in work:
+            flops, moved = work[name]
+            line += f"  {flops / seconds / 1e9:8.1f} GFLOP/s  {moved / 1e6:9.1f} MB"
+        lines.append(line)
     head = f"== {case.name}, batch {batch}, {dtype}, {torch.get_num_threads()} threads, in steps, best of {_RUNS}"
     return "\n".join([head, *lines, f"{'all':18} {1e3 * total:9.3f} ms", ""])
+
+
+def _work_of_stages(sizes: LayerSizes, batch: int, element_size: int) -> dict[str, tuple[float, float]]:
+    """FLOPs of each stage, its recomputation included, and the least bytes it moves, each of its maps once.
+
+    3x3 convolutions count as direct ones.
+    """
+    k, s = sizes.hidden, sizes.width
+    work: dict[str, tuple[float, float]] = {}
+    for n, made in sizes.units_in_order():
+        side = made - k
+        stages = {  # multiply-adds of a pixel; channels of the maps read and written
+            "forward reduce": (n * made, n + made),
+            "forward spatial": (9 * k * k, 2 * k),
+            "forward project": (k * s, k + s),
+            "backward project": (n * made + 9 * k * k + k * s, n + made + 4 * k + 2 * s),
+            "backward spatial": (2 * k * s, 2 * k + 2 * s + 2 * side),
+            "backward reduce": (18 * k * k, 4 * k),
+            "backward input": (2 * n * made, 3 * n + made + k),
+        }
+        for name, (products, channels) in stages.items():
+            flops, moved = work.get(name, (0.0, 0.0))
+            pixels = batch * sizes.size**2 * sizes.segments
+            work[name] = flops + 2.0 * products * pixels, moved + 1.0 * channels * pixels * element_size
+    return work
 
 
 def _timed(

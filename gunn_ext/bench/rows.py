@@ -36,6 +36,7 @@ FIELDS = (
     "repeats",
     "gflops",
     "share_of_peak",
+    "share_of_registers",
     "bytes",
     "gbps",
     "saved_bytes",
