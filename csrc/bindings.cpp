@@ -89,6 +89,17 @@ FeatureMap<Scalar> make_map(Address data, const Strides& strides) {
   return {pointer<Scalar>(data), strides[0], strides[1], strides[2], strides[3]};
 }
 
+// Contiguous or channels_last.
+bool dense(const LayerShape& shape, const Strides& strides) {
+  const auto step = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
+  const int64_t width = shape.width, plane = shape.height * width, channels = shape.channels;
+  const bool contiguous =
+      step(channels, strides[1], plane) && step(shape.height, strides[2], width) && step(width, strides[3], 1);
+  const bool channels_last = step(channels, strides[1], 1) && step(shape.height, strides[2], width * channels) &&
+                             step(width, strides[3], channels);
+  return (contiguous || channels_last) && step(shape.batch, strides[0], channels * plane);
+}
+
 template <class Names>
 auto named(const Names& names, const std::string& name) {
   for (const auto& [text, value] : names) {
@@ -214,6 +225,8 @@ void backward(const LayerShape& shape, const Options& options, const std::string
   check_place(shape, segment, unit);
   require(step.empty() != options.stepwise, "Options: stepwise must be set to run steps, and only then.");
   require(step.empty() || sums, "steps of the backward need a buffer of sums.");
+  require(options.device >= 0 || !options.need_input || dense(shape, grad_x_strides),
+          "grad_x must be contiguous or channels_last on the CPU.");
   with_kernels(options, dtype, [&](const auto& kernels) {
     backward_on(kernels, shape, options, grad_y, grad_y_strides, x, x_strides, y, y_strides, grad_x, grad_x_strides,
                 parameters, grads, statistics, saved, workspace, sums, step, segment, unit);

@@ -83,7 +83,7 @@ struct ForwardTensors {
 template <class Scalar, class Wide = Scalar, class Saved = Scalar>
 struct BackwardTensors {
   FeatureMap<const Scalar> grad_y, x, y;
-  FeatureMap<Scalar> grad_x;
+  FeatureMap<Scalar> grad_x;  // dense on the CPU, which keeps the gradient of the state there
   const UnitTensors<const Wide*>* units;
   const UnitTensors<Wide*>* grads;
   const Wide* statistics;  // as the forward left them

@@ -128,6 +128,7 @@ class BackwardPass {
 
   struct Own {
     Scratch<Factor> scratch;
+    Scalar* image;                   // all tiles of one image, to convert it in place
     Convolution<Factor> transposed;  // of dz2
     GradientSums<Scalar> sums;
     Slope<Scalar> slope;      // of the exchange just settled
@@ -151,6 +152,7 @@ class BackwardPass {
     const auto& geometry = stages_.geometry;
     const int64_t k = shape_.hidden(), s = shape_.segment();
     own.scratch.take(shape_, arena);
+    own.image = arena.take<Scalar>(in_place_ ? geometry.pixels * shape_.channels : 0);
     own.transposed.take(arena);
     own.sums.take(arena, k + 2 * s);
     own.slope.take(arena, k + 2 * s, options_.batch_statistics);
@@ -185,7 +187,11 @@ class BackwardPass {
     const int64_t k = shape_.hidden(), s = shape_.segment();
     kept_ = saved != nullptr;
     stages_.take(arena, slots, 1, saved);
-    gradient_ = arena.take<Scalar>(slots * pixels * shape_.channels);
+    // Where images have no padding and the same type, the gradient of the state lies in grad_x until the end.
+    const bool whole = pixels == shape_.height * shape_.width;
+    in_place_ = std::is_same_v<typename Precision::Storage, Scalar> && options_.need_input && whole;
+    gradient_ = in_place_ ? reinterpret_cast<Scalar*>(tensors_.grad_x.data)
+                          : arena.take<Scalar>(slots * pixels * shape_.channels);
     update_ = arena.take<Scalar>(slots * pixels * s);
     hidden_ = arena.take<Scalar>(slots * pixels * k);
     inner_ = arena.take<Scalar>(slots * pixels * k);
@@ -629,10 +635,20 @@ class BackwardPass {
     team.barrier();
     combine_weights(team, 0);
     if (!options_.need_input) return;
-    stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
-      store_tile(stages_.geometry, tensors_.grad_x, image, tile, shape_.channels,
-                 static_cast<const Scalar*>(gradient_tile(image, tile)));
-    });
+    const auto store = [&](int64_t image, int64_t tile, const Scalar* from) {
+      store_tile(stages_.geometry, tensors_.grad_x, image, tile, shape_.channels, from);
+    };
+    if (!in_place_) {
+      stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) { store(image, tile, gradient_tile(image, tile)); });
+      return;
+    }
+    const Own mine = own(team.index);
+    const int64_t tiles = stages_.geometry.tiles, size = shape_.channels * T;
+    for (int64_t image = team.begin(shape_.batch); image < team.end(shape_.batch); ++image) {
+      const Scalar* from = gradient_tile(image, 0);
+      for (int64_t j = 0; j < tiles * size; ++j) mine.image[j] = from[j];
+      for (int64_t tile = 0; tile < tiles; ++tile) store(image, tile, mine.image + tile * size);
+    }
   }
 
   const LayerShape& shape_;
@@ -641,6 +657,7 @@ class BackwardPass {
   Stages<Precision> stages_;
   GradientLayout gradients_{shape_, stages_.panels};
   bool kept_ = false;
+  bool in_place_ = false;
   Scalar* gradient_ = nullptr;  // G: the gradient of the state
   Scalar* update_ = nullptr;    // d: the gradient of a unit's output
   Scalar* hidden_ = nullptr;    // gradient of z2, before its batch norm
