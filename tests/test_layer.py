@@ -493,7 +493,7 @@ def test_awkward_shapes_of_narrow_layers(case, mode, precision):
 @pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", [*OPTIONS, PANELS[0]], ids=str)
 def test_options_of_narrow_layers(case, mode, recompute, precision):
     rule_holds_for(replace(case, mode=mode), precision, recompute=recompute)
 
