@@ -25,6 +25,8 @@ class PersistentKernel {
   using Kernel = void (*)(ChainType);
 
   static constexpr bool kWide = sizeof(Storage) == 4;  // a state of twice the bytes is streamed sooner
+  // Streaming goes on while more than this part of the channels has stayed.
+  static constexpr int kLeastShare = kWide ? 8 : 2;
 
   // A template: its k and s in tiles of 8 channels, its warps with fragments of 16 pixels each.
   struct Candidate {
@@ -79,8 +81,7 @@ class PersistentKernel {
 
  private:
   // If the layer has its k and s, and all its blocks are resident at once; `spread`: if moreover each has a processor
-  // to itself. Channels that find no room are streamed, at most half of them; of TF32 at most seven eighths.
-  static constexpr int kLeastShare = kWide ? 8 : 2;
+  // to itself. Channels that find no room are streamed, 16 at a time.
   bool consider(const Candidate& candidate, bool spread) {
     const Extents& e = chain.extents;
     const int pixels = candidate.pixels();

@@ -5,7 +5,7 @@ from dataclasses import replace
 import laws
 import pytest
 import torch
-from laws import PRECISIONS, layer_of, sample_for
+from laws import INTEGERS, PRECISIONS, layer_of, sample_for
 from tolerance import (
     FORWARD,
     Case,
@@ -86,6 +86,16 @@ def test_values_and_gradients(driver, case, mode, precision):
     case = replace(case, mode=mode)
     assert driver(case, precision) == "persistent"
     laws.rule_holds(sample_for(precision, case, 0), precision)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 2**8), ("float16", 2**11), ("tf32", 2**11)])
+@pytest.mark.parametrize("case", [INTEGERS[0], INTEGERS[2], INTEGERS[3]], ids=str)
+def test_exact_on_small_integers(driver, case, precision, limit, recompute):
+    assert driver(case, precision) == "persistent"
+    dtype, fast = PRECISIONS[precision]
+    with tensor_float(fast):
+        laws.small_integers_are_exact(laws.small_integers(case, limit), dtype, recompute)
 
 
 @pytest.mark.parametrize("precision", OF_EACH_SIZE)
