@@ -25,7 +25,7 @@ class PersistentKernel {
   using Kernel = void (*)(ChainType);
 
   static constexpr bool kWide = sizeof(Storage) == 4;  // a state of twice the bytes is streamed sooner
-  // Streaming goes on while more than this part of the channels has stayed.
+  // Channels are streamed while more than one in so many finds its place on the chip.
   static constexpr int kLeastShare = kWide ? 8 : 2;
 
   // A template: its k and s in tiles of 8 channels, its warps with fragments of 16 pixels each.
