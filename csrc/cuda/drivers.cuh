@@ -23,7 +23,7 @@ template <class Precision>
 struct Drivers {
   using Storage = typename Precision::Storage;
   using Wide = typename Precision::Wide;
-  static constexpr bool kPersistent = sizeof(Storage) == 2;
+  static constexpr bool kPersistent = Precision::kTensorCores;
 
   static Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
     Sizes sizes{StagedForward<Precision>::saved_rows(shape, options), shape.height * shape.width,

@@ -502,7 +502,8 @@ GUNN_DEVICE Scalar from_float(Wide value) {
 //   c[i]  row g + 8·(i / 2), column 2·t + i % 2                 of C (16 x 8)
 
 // load_matrices: lane 8·j + i has the address, in shared memory and a multiple of 16, of row i of matrix j, 8 values of
-// 16 bits; r[j] becomes row g, columns 2·t and 2·t + 1 of matrix j, transposed rows 2·t and 2·t + 1, column g.
+// 16 bits; r[j] becomes row g, columns 2·t and 2·t + 1 of matrix j, transposed rows 2·t and 2·t + 1, column g. Rows
+// of 4 words of 32 bits so become row g, word t.
 
 #ifdef __CUDACC__
 

@@ -24,6 +24,10 @@ class PersistentKernel {
   using Storage = typename Precision::Storage;
   using Kernel = void (*)(ChainType);
 
+  static constexpr bool kWide = sizeof(Storage) == 4;  // a state of twice the bytes is streamed sooner
+  // Channels are streamed while more than one in so many finds its place on the chip.
+  static constexpr int kLeastShare = kWide ? 8 : 2;
+
   // A template: its k and s in tiles of 8 channels, its warps with fragments of 16 pixels each.
   struct Candidate {
     Kernel kernel;
@@ -56,7 +60,7 @@ class PersistentKernel {
     const int64_t columns[kKinds] = {e.k() + (transposed ? 0 : e.s()), e.k(), e.s() * (transposed ? 2 : 1)};
     words_ = 0;
     for (const int64_t each : columns) words_ += 2 * each * (chain.blocks + 1);
-    if (chain.bands > 1) words_ += int64_t{4} * chain.blocks * e.width * e.k() / 2;
+    if (chain.bands > 1) words_ += int64_t{4} * chain.blocks * e.width * e.k() / Registers<Precision>::kEach;
     Word* next = arena.take<Word>(words_);
     for (int k = 0; k < kKinds; ++k) {
       chain.words[k] = next, next += 2 * columns[k] * chain.blocks;
@@ -77,7 +81,7 @@ class PersistentKernel {
 
  private:
   // If the layer has its k and s, and all its blocks are resident at once; `spread`: if moreover each has a processor
-  // to itself. Channels that find no room are streamed, at most half of them.
+  // to itself. Channels that find no room are streamed, 16 at a time.
   bool consider(const Candidate& candidate, bool spread) {
     const Extents& e = chain.extents;
     const int pixels = candidate.pixels();
@@ -89,9 +93,9 @@ class PersistentKernel {
     band_rows = (e.height + bands - 1) / bands;  // as equal as may be
     int resident = (e.channels + 15) / 16 * 16;
     const auto shared = [&] {
-      return ChainLayout(e, pixels, band_rows, resident, transposed).bytes + candidate.tables;
+      return ChainLayout<Precision>(e, pixels, band_rows, resident, transposed).bytes + candidate.tables;
     };
-    while (candidate.streams && shared() > most && 2 * resident > e.channels) resident -= 16;
+    while (candidate.streams && shared() > most && kLeastShare * resident > e.channels) resident -= 16;
     if (shared() > most) return false;
     how.shared = shared();
     const Room room = ask(how, candidate.kernel);
@@ -138,9 +142,9 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
  public:
   ForwardKernel(const Launcher& launcher, const Extents& extents, bool exchanges)
       : Base(launcher, extents, "persistent_forward", exchanges,
-             {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, false>(), candidate<3, 2, 8, 2, false>(),
-              candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>(),
-              candidate<1, 1, 8, 4, true>()}) {}
+             {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, Base::kWide>(),
+              candidate<3, 2, 8, 2, Base::kWide>(), candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(),
+              candidate<1, 1, 8, 2, Base::kWide>(), candidate<1, 1, 8, 4, true>()}) {}
 };
 
 template <class Precision>
@@ -156,13 +160,18 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
             streams,
             sizeof(BackwardTables<WARPS, MT>)};
   }
+  static std::vector<typename Base::Candidate> candidates() {
+    constexpr bool kWide = Base::kWide;
+    std::vector<typename Base::Candidate> all{candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(),
+                                              candidate<3, 2, 8, 2, kWide>(), candidate<1, 1, 4, 1, false>(),
+                                              candidate<1, 1, 8, 2, kWide>(), candidate<1, 1, 8, 4, true>()};
+    if constexpr (!kWide) all.push_back(candidate<3, 2, 8, 4, true>());  // has not enough registers
+    return all;
+  }
 
  public:
   BackwardKernel(const Launcher& launcher, const Extents& extents, bool exchanges)
-      : Base(launcher, extents, "persistent_backward", exchanges,
-             {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, false>(), candidate<3, 2, 8, 2, false>(),
-              candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>(),
-              candidate<1, 1, 8, 4, true>()}) {}
+      : Base(launcher, extents, "persistent_backward", exchanges, candidates()) {}
 };
 
 // Gradients of weights from what chains leave, for blocks of segments.
@@ -173,8 +182,10 @@ class WeightProducts {
  public:
   WeightProducts(const Launcher& launcher, const Extents& extents) : launcher_(launcher), extents_(extents) {
     if (extents.units != 1) return;
-    if (extents.k() == 24 && extents.s() == 16) choose<3, 2>();
-    if (extents.k() == 8 && extents.s() == 8) choose<1, 1>();
+    if constexpr (sizeof(Storage) == 2) {
+      if (extents.k() == 24 && extents.s() == 16) choose<3, 2>();
+      if (extents.k() == 8 && extents.s() == 8) choose<1, 1>();
+    }
     if (input_ == nullptr || extents.width > HiddenWeights::kMostPixels) return;
     input_how_ = {"input_weights", dim3(1), dim3(InputWeights::kThreadCount), 0, launcher.stream, &launcher.shape};
     input_how_.shared = InputWeights::shared_bytes<Storage>(extents);

@@ -46,16 +46,18 @@ struct BackwardTables : BlockTables<warps, fragments> {
 template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
 class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, true>;
+  using typename Base::Bits;
   using typename Base::Storage;
   template <int tiles>
   using Sums = typename Base::template Sums<tiles>;
-  template <int tiles>
-  using Packed = typename Base::template Packed<tiles>;
+  template <int pieces>
+  using Packed = typename Base::template Packed<pieces>;
   using Base::count_;
-  using Base::high;
+  using Base::kEach;
+  using Base::KP;
   using Base::lane_;
   using Base::layout_;
-  using Base::low;
+  using Base::SP;
   using Base::warp_;
 
  public:
@@ -70,47 +72,48 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     fetch_tables(last);
     copy_async_commit();
     this->load_map(chain_.g, chain_.g, 0);
-    Packed<ST> z3, zs = {};
+    Packed<SP> z3, zs = {};
     load_outputs(last, z3, zs);
     copy_async_wait<0>();
     __syncthreads();
 
-    Packed<KT + ST> dz;  // of the segment before, whose spread is not complete
+    Packed<KP + SP> dz;  // of the segment before, whose spread is not complete, as operand
     for (int i = last; i >= begin; --i) {
       const bool spreads = i < last;
       const int first_late = i * extents.segment / 16, last_late = ((i + 1) * extents.segment - 1) / 16;
       const unsigned epoch = extents.segments - i;
 
-      Packed<ST> d3;
+      Packed<SP> d3;
       read_gradient(i, d3);
       GUNN_UNROLL
       for (int n = 0; n < ST; ++n) {
-        add_sums<ST>(i, n, n, Norm::project, d3, z3);
-        if (extents.shortcut) add_sums<ST>(i, ST + n, n, Norm::shortcut, d3, zs);
+        add_sums<SP>(i, n, n, Norm::project, d3, z3);
+        if (extents.shortcut) add_sums<SP>(i, ST + n, n, Norm::shortcut, d3, zs);
       }
       exchange(Kind::project, epoch);
       if (spreads) spread(dz, i + 1, 0, pairs / 2, first_late, last_late);
-      Packed<KT> z2;
+      Packed<KP> z2;
       load(i, Norm::spatial, z2);
       copy_async_wait<0>();
       settle(Kind::project, epoch);
 
-      slope<ST>(i, Norm::project, d3, z3, z3);
-      leave<ST>(i, Norm::project, z3);
-      Packed<ST> dzs = {};
+      slope<SP>(i, Norm::project, d3, z3, z3);
+      leave<SP>(i, Norm::project, z3);
+      Packed<SP> dzs = {};
       if (extents.shortcut) {
-        slope<ST>(i, Norm::shortcut, d3, zs, dzs);
-        leave<ST>(i, Norm::shortcut, dzs);
+        slope<SP>(i, Norm::shortcut, d3, zs, dzs);
+        leave<SP>(i, Norm::shortcut, dzs);
       }
       Sums<KT> sums = {};
+      Base::make_operands(z3);
       this->project_steps(z3, sums);
-      Packed<KT> d2;
+      Packed<KP> d2;
       stop(i, Norm::spatial, sums, z2, d2);
       this->send_edges(d2, epoch);
       this->store_hidden(d2);  // as it is, until its batch norm's sums are back
       exchange(Kind::spatial, epoch);
       if (spreads) spread(dz, i + 1, pairs / 2, pairs, first_late, last_late);
-      Packed<KT> z1;
+      Packed<KP> z1;
       load(i, Norm::reduce, z1);
       __syncthreads();  // the weights of the spread have been read
       this->fetch(Kind::reduce, i);
@@ -119,7 +122,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       settle(Kind::spatial, epoch);
 
       finish_hidden(i, z2);
-      leave<KT>(i, Norm::spatial, z2);
+      leave<KP>(i, Norm::spatial, z2);
       receive_edges(i, epoch);
       __syncthreads();
       Base::clear(sums);
@@ -135,8 +138,8 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       copy_async_wait<1>();  // the reduce's weights and the tables
       settle(Kind::reduce, epoch);
 
-      slope<KT>(i, Norm::reduce, d2, z1, z1);
-      leave<KT>(i, Norm::reduce, z1);
+      slope<KP>(i, Norm::reduce, d2, z1, z1);
+      leave<KP>(i, Norm::reduce, z1);
       join(z1, dzs, dz);
       if (i > begin) {
         const int next = i - 1;
@@ -158,21 +161,21 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   GUNN_DEVICE int64_t segment_at(int segment) const {
     return (segment - chain_.first_segment) * chain_.extents.pixels * chain_.extents.z_rows();
   }
-  template <int tiles>
-  GUNN_DEVICE void load(int segment, Norm norm, Packed<tiles>& z) const {
+  template <int pieces>
+  GUNN_DEVICE void load(int segment, Norm norm, Packed<pieces>& z) const {
     const Extents& extents = chain_.extents;
-    this->template load_rows<tiles>(chain_.z + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0), z);
+    this->template load_rows<pieces>(chain_.z + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0), z);
   }
-  GUNN_DEVICE void load_outputs(int segment, Packed<ST>& z3, Packed<ST>& zs) const {
+  GUNN_DEVICE void load_outputs(int segment, Packed<SP>& z3, Packed<SP>& zs) const {
     load(segment, Norm::project, z3);
     if (chain_.extents.shortcut) load(segment, Norm::shortcut, zs);
   }
-  template <int tiles>
-  GUNN_DEVICE void leave(int segment, Norm norm, const Packed<tiles>& dz) const {
+  template <int pieces>
+  GUNN_DEVICE void leave(int segment, Norm norm, const Packed<pieces>& dz) const {
     if (chain_.dz == nullptr) return;
     const Extents& extents = chain_.extents;
-    this->template store_rows<tiles, tiles>(chain_.dz + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0),
-                                            dz);
+    this->template store_rows<pieces, pieces>(chain_.dz + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0),
+                                              dz);
   }
   GUNN_DEVICE void fetch_tables(int segment) const {
     const int rows = chain_.extents.z_rows(), turn = segment % 2;
@@ -187,35 +190,32 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   // ---- The gradient of the state
 
   // Zeros in the padding.
-  GUNN_DEVICE void read_gradient(int segment, Packed<ST>& d3) const {
+  GUNN_DEVICE void read_gradient(int segment, Packed<SP>& d3) const {
     const int s = chain_.extents.segment;
     this->each_row([&](int mt, int half, int m) {
       GUNN_UNROLL
-      for (int n = 0; n < ST; ++n) {
+      for (int p = 0; p < SP; ++p) {
         if (this->even_segments()) {
-          d3[mt][n][half] = this->column(n) < s ? this->pair_at(m, segment * s + this->column(n)) : 0;
+          d3[mt][p][half] = this->column(p) < s ? this->bits_at(m, segment * s + this->column(p)) : 0;
           continue;
         }
-        float value[2] = {};
-        GUNN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int channel = this->column(n) + j;
-          if (channel < s) value[j] = to_float(*this->at(m, segment * s + channel));
-        }
-        d3[mt][n][half] = Base::pack(value[0], value[1]);
+        d3[mt][p][half] = Bits::pack([&](int v) {
+          const int channel = this->column(p) + v;
+          return channel < s ? to_float(*this->at(m, segment * s + channel)) : 0;
+        });
       }
     });
   }
   // 16 channels at a time in [from, to), but for [first_late, last_late].
-  GUNN_DEVICE void spread(const Packed<KT + ST>& dz, int segment, int from, int to, int first_late,
+  GUNN_DEVICE void spread(const Packed<KP + SP>& dz, int segment, int from, int to, int first_late,
                           int last_late) const {
     GUNN_ROLLED
     for (int pair = from; pair < to; ++pair) {
       if (pair < first_late || pair > last_late) spread_pair(dz, segment, pair);
     }
   }
-  GUNN_DEVICE void spread_pair(const Packed<KT + ST>& dz, int segment, int pair) const {
-    constexpr int kSteps = (KT + ST + 1) / 2;
+  GUNN_DEVICE void spread_pair(const Packed<KP + SP>& dz, int segment, int pair) const {
+    constexpr int kSteps = (KP + SP + 1) / 2;
     const PackShape shape = this->shape_of(Kind::reduce);
     // Packed in tiles of 64 rows.
     const int tile = pair / 4, rows = min(shape.rows - tile * kColumns, kColumns);
@@ -224,46 +224,60 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     uint32_t b[kSteps][4];
     GUNN_UNROLL
     for (int step = 0; step < kSteps; ++step) {
-      if (16 * step < shape.depth) this->load_weights(b[step], weights, rows, pair % 4 * 2, step);
+      if (Base::kStep * step < shape.depth) this->load_weights(b[step], weights, rows, pair % 4 * 2, step);
     }
     const int first = fresh(this->first_row(0) + lane_ / 4);
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       GUNN_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int channel = 16 * pair + 8 * half + 2 * (lane_ % 4), m = first + 16 * mt;
-        uint32_t* upper = reinterpret_cast<uint32_t*>(this->at(m, channel));
-        uint32_t* lower = reinterpret_cast<uint32_t*>(this->at(m + 8, channel));
-        float g[4] = {low(*upper), high(*upper), low(*lower), high(*lower)};
+        uint32_t* places[Bits::kOfTile][2];  // of the lane's registers: pieces, rows
+        float g[4];
+        GUNN_UNROLL
+        for (int p = 0; p < Bits::kOfTile; ++p) {
+          const int channel = this->column((2 * pair + half) * Bits::kOfTile + p);
+          GUNN_UNROLL
+          for (int row = 0; row < 2; ++row) {
+            places[p][row] = &this->bits_at(first + 16 * mt + 8 * row, channel);
+            GUNN_UNROLL
+            for (int v = 0; v < kEach; ++v) g[2 * row + kEach * p + v] = Bits::value(*places[p][row], v);
+          }
+        }
         if (!chain_.extents.residual) {
           GUNN_UNROLL
           for (int j = 0; j < 4; ++j) {
-            if ((channel + j % 2) / chain_.extents.segment == segment) g[j] = 0;  // replaced
+            if (this->column_of(2 * pair + half, j % 2) / chain_.extents.segment == segment) g[j] = 0;  // replaced
           }
         }
         GUNN_UNROLL
         for (int step = 0; step < kSteps; ++step) {
-          if (16 * step >= shape.depth) break;  // no shortcut
+          if (Base::kStep * step >= shape.depth) break;  // no shortcut
           uint32_t a[4];
-          Base::template fragment<KT + ST>(a, dz, mt, step);
+          Base::template fragment<KP + SP>(a, dz, mt, step);
           Precision::multiply(g, a, {b[step][2 * half], b[step][2 * half + 1]});
         }
-        *upper = Base::pack(g[0], g[1]);
-        *lower = Base::pack(g[2], g[3]);
+        GUNN_UNROLL
+        for (int p = 0; p < Bits::kOfTile; ++p) {
+          GUNN_UNROLL
+          for (int row = 0; row < 2; ++row) {
+            *places[p][row] = Bits::pack([&](int v) { return Base::sum_of(g, p, row, v); });
+          }
+        }
       }
     }
   }
-  static GUNN_DEVICE void join(const Packed<KT>& dz1, const Packed<ST>& dzs, Packed<KT + ST>& dz) {
+  static GUNN_DEVICE void join(const Packed<KP>& dz1, const Packed<SP>& dzs, Packed<KP + SP>& dz) {
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       GUNN_UNROLL
-      for (int n = 0; n < KT + ST; ++n) {
+      for (int p = 0; p < KP + SP; ++p) {
         GUNN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          dz[mt][n][half] = n < KT ? dz1[mt][n < KT ? n : 0][half] : dzs[mt][n < KT ? 0 : n - KT][half];
+          dz[mt][p][half] = p < KP ? dz1[mt][p < KP ? p : 0][half] : dzs[mt][p < KP ? 0 : p - KP][half];
         }
       }
     }
+    Base::make_operands(dz);
   }
 
   // ---- Batch norms; rows of z from `row` on
@@ -274,30 +288,29 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     if (!chain_.batch_statistics) return direct;  // z has no part in it, nor has a NaN there
     return direct + ((z - tables_.mean[turn][row]) * tables_.slope[row] + tables_.constant[row]);
   }
-  // dz of a pair of columns.
+  // dz of a register of columns.
   GUNN_DEVICE uint32_t slope_columns(int turn, int row, uint32_t d, uint32_t z) const {
-    return Base::pack(sloped(turn, row, low(d), low(z)), sloped(turn, row + 1, high(d), high(z)));
+    return Bits::pack([&](int v) { return sloped(turn, row + v, Bits::value(d, v), Bits::value(z, v)); });
   }
-  template <int tiles>
-  GUNN_DEVICE void slope(int segment, Norm norm, const Packed<tiles>& d, const Packed<tiles>& z,
-                         Packed<tiles>& dz) const {
+  template <int pieces>
+  GUNN_DEVICE void slope(int segment, Norm norm, const Packed<pieces>& d, const Packed<pieces>& z,
+                         Packed<pieces>& dz) const {
     this->each_row([&](int mt, int half, int) {
       GUNN_UNROLL
-      for (int n = 0; n < tiles; ++n) {
-        dz[mt][n][half] = slope_columns(segment % 2, row_of(norm) + this->column(n), d[mt][n][half], z[mt][n][half]);
+      for (int p = 0; p < pieces; ++p) {
+        dz[mt][p][half] = slope_columns(segment % 2, row_of(norm) + this->column(p), d[mt][p][half], z[mt][p][half]);
       }
     });
   }
   // dz2 in the place of d2, and of z2.
-  GUNN_DEVICE void finish_hidden(int segment, Packed<KT>& z2) const {
+  GUNN_DEVICE void finish_hidden(int segment, Packed<KP>& z2) const {
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
-      Storage* to = this->shared_ + tables_.hidden_at[m] + 2 * (lane_ % 4);
       GUNN_UNROLL
-      for (int n = 0; n < KT; ++n) {
-        uint32_t& pair = *reinterpret_cast<uint32_t*>(to + 8 * n);
-        pair = z2[mt][n][half] =
-            slope_columns(segment % 2, row_of(Norm::spatial) + this->column(n), pair, z2[mt][n][half]);
+      for (int p = 0; p < KP; ++p) {
+        uint32_t &bits = this->hidden_bits(m, p), &z = z2[mt][p][half];
+        z = slope_columns(segment % 2, row_of(Norm::spatial) + this->column(p), bits, z);
+        bits = Bits::operand(z);
       }
     });
   }
@@ -305,15 +318,20 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   GUNN_DEVICE float stopped(int turn, int row, float z, float gradient) const {
     return z * tables_.scale[turn][row] + tables_.shift[turn][row] <= 0 ? 0 : gradient;
   }
-  GUNN_DEVICE void stop(int segment, Norm norm, const Sums<KT>& sums, const Packed<KT>& z, Packed<KT>& d) const {
+  GUNN_DEVICE void stop(int segment, Norm norm, const Sums<KT>& sums, const Packed<KP>& z, Packed<KP>& d) const {
     GUNN_UNROLL
     for (int n = 0; n < KT; ++n) {
-      const int row = row_of(norm) + this->column(n), turn = segment % 2;
+      const int turn = segment % 2;
       this->each_row([&](int mt, int half, int) {
-        d[mt][n][half] = Base::pack(stopped(turn, row, low(z[mt][n][half]), sums[mt][n][2 * half]),
-                                    stopped(turn, row + 1, high(z[mt][n][half]), sums[mt][n][2 * half + 1]));
+        GUNN_UNROLL
+        for (int p = n * Bits::kOfTile; p < (n + 1) * Bits::kOfTile; ++p) {
+          const int row = row_of(norm) + this->column(p);
+          d[mt][p][half] = Bits::pack([&](int v) {
+            return stopped(turn, row + v, Bits::value(z[mt][p][half], v), Base::sum_of(sums[mt][n], p, half, v));
+          });
+        }
       });
-      add_sums<KT>(segment, n, n, norm, d, z);
+      add_sums<KP>(segment, n, n, norm, d, z);
     }
   }
   GUNN_DEVICE void receive_edges(int segment, unsigned epoch) const {
@@ -321,31 +339,38 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     const Storage* z2 = chain_.z + segment_at(segment) + row;
     Base::receive_edges(epoch, [&](int64_t pixel, int column, uint32_t raw) {
       const uint32_t z = *reinterpret_cast<const uint32_t*>(z2 + pixel * chain_.extents.z_rows() + column);
-      return slope_columns(segment % 2, row + column, raw, z);
+      return Bits::operand(slope_columns(segment % 2, row + column, raw, z));
     });
   }
 
   // ---- Sums
 
   // The warp's sums of d and d * (z - mean) in tile n, which is the exchange's tile `to`.
-  template <int tiles>
-  GUNN_DEVICE void add_sums(int segment, int to, int n, Norm norm, const Packed<tiles>& d,
-                            const Packed<tiles>& z) const {
+  template <int pieces>
+  GUNN_DEVICE void add_sums(int segment, int to, int n, Norm norm, const Packed<pieces>& d,
+                            const Packed<pieces>& z) const {
     if (!chain_.exchanges) return;
-    const float* means = tables_.mean[segment % 2] + row_of(norm) + this->column(n);
-    const float mean[2] = {means[0], means[1]};
+    const float* means = tables_.mean[segment % 2] + row_of(norm);
+    const float mean[2] = {means[this->column_of(n, 0)], means[this->column_of(n, 1)]};
     float sums[4] = {};  // of d in both columns, of the products in both
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
-      const uint32_t gradients = fresh(d[mt][n][half]), inputs = fresh(z[mt][n][half]);
-      sums[0] += low(gradients), sums[1] += high(gradients);
-      sums[2] += low(gradients) * (low(inputs) - mean[0]);
-      sums[3] += high(gradients) * (high(inputs) - mean[1]);
+      GUNN_UNROLL
+      for (int p = 0; p < Bits::kOfTile; ++p) {
+        const int piece = n * Bits::kOfTile + p;
+        const uint32_t gradients = fresh(d[mt][piece][half]), inputs = fresh(z[mt][piece][half]);
+        GUNN_UNROLL
+        for (int v = 0; v < kEach; ++v) {
+          const int which = kEach * p + v;
+          sums[which] += Bits::value(gradients, v);
+          sums[2 + which] += Bits::value(gradients, v) * (Bits::value(inputs, v) - mean[which]);
+        }
+      }
     });
     const float mine = Base::over_rows(sums);
     if (lane_ >= 16) return;
     const int g = lane_ / 4;
-    (g < 2 ? tables_.a : tables_.b)[warp_][this->column(to) + g % 2] = mine;
+    (g < 2 ? tables_.a : tables_.b)[warp_][this->column_of(to, g % 2)] = mine;
   }
   // The block's sums, to the clerks.
   GUNN_DEVICE void exchange(Kind kind, unsigned epoch) const {

@@ -39,17 +39,21 @@ struct ForwardTables : BlockTables<warps, fragments> {
 template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
 class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, false>;
+  using typename Base::Bits;
   using typename Base::Storage;
   template <int tiles>
   using Sums = typename Base::template Sums<tiles>;
-  template <int tiles>
-  using Packed = typename Base::template Packed<tiles>;
+  template <int pieces>
+  using Packed = typename Base::template Packed<pieces>;
   using Base::count_;
-  using Base::high;
+  using Base::kEach;
+  using Base::KP;
+  using Base::kPiece;
+  using Base::kStep;
   using Base::lane_;
   using Base::layout_;
-  using Base::low;
   using Base::shared_;
+  using Base::SP;
   using Base::warp_;
 
  public:
@@ -65,11 +69,11 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     this->load_map(chain_.before, chain_.x, begin * extents.segment);
     copy_async_wait<0>();
     __syncthreads();
-    const int steps = (extents.channels + 15) / 16;
+    const int steps = (extents.channels + kStep - 1) / kStep;
     Sums<KT + ST> ahead = {};
     // In the order in which the segments behind the first are summed, so that z has the same bits wherever one begins.
-    const int first_before = begin == 0 ? steps : (begin - 1) * extents.segment / 16;
-    const int before = begin == 0 ? 0 : (begin * extents.segment - 1) / 16 - first_before + 1;
+    const int first_before = begin == 0 ? steps : (begin - 1) * extents.segment / kStep;
+    const int before = begin == 0 ? 0 : (begin * extents.segment - 1) / kStep - first_before + 1;
     GUNN_ROLLED
     for (int at = 0; at < steps; ++at) {
       const bool late = at >= steps - before;
@@ -77,30 +81,30 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     }
     for (int i = begin; i <= last; ++i) {
       const bool more = i < last;
-      const int first_late = i * extents.segment / 16, last_late = ((i + 1) * extents.segment - 1) / 16;
+      const int first_late = i * extents.segment / kStep, last_late = ((i + 1) * extents.segment - 1) / kStep;
       const unsigned epoch = i + 1;
 
       // z1 into the padded image, raw; zs stays in registers.
-      Packed<KT + ST> z1;
+      Packed<KP + SP> z1;
       Base::round(ahead, z1);
       this->store_hidden(z1);
       this->send_edges(z1, epoch);
       exchange(Kind::reduce, z1, epoch);
-      keep<KT, KT + ST>(i, Norm::reduce, z1, 0);
-      if (extents.shortcut) keep<ST, KT + ST>(i, Norm::shortcut, z1, KT);
+      keep<KP, KP + SP>(i, Norm::reduce, z1, 0);
+      if (extents.shortcut) keep<SP, KP + SP>(i, Norm::shortcut, z1, KP);
       if (more) fetch(Kind::reduce, i + 1);
       settle(Kind::reduce, i, epoch);
       activate_hidden(i);
-      this->receive_edges(
-          epoch, [&](int64_t, int column, uint32_t raw) { return activate_columns(i, Kind::reduce, column, raw); });
+      this->receive_edges(epoch,
+                          [&](int64_t, int column, uint32_t raw) { return activated(i, Kind::reduce, column, raw); });
       __syncthreads();
 
       Sums<KT> sums = {};
       this->spatial_steps(sums);
-      Packed<KT> z2;
+      Packed<KP> z2;
       Base::round(sums, z2);
       exchange(Kind::spatial, z2, epoch);
-      keep<KT, KT>(i, Norm::spatial, z2, 0);
+      keep<KP, KP>(i, Norm::spatial, z2, 0);
       Base::clear(ahead);
       if (more) {
         fetch(Kind::spatial, i + 1);
@@ -113,14 +117,14 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
 
       Sums<ST> outputs = {};
       this->project_steps(z2, outputs);
-      Packed<ST> z3;
+      Packed<SP> z3;
       Base::round(outputs, z3);
       if (!more && chain_.y.data == nullptr) {  // recomputed for its pre-activations: nobody reads what is behind
-        keep<ST, ST>(i, Norm::project, z3, 0);
+        keep<SP, SP>(i, Norm::project, z3, 0);
         return;
       }
       exchange(Kind::project, z3, epoch);
-      keep<ST, ST>(i, Norm::project, z3, 0);
+      keep<SP, SP>(i, Norm::project, z3, 0);
       if (more) {
         fetch(Kind::project, i + 1);
         reduce_steps(ahead, steps / 2, steps, first_late, last_late);
@@ -158,15 +162,15 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     copy_async_commit();
   }
   // Pre-activations into memory, where they are kept.
-  template <int tiles, int of>
-  GUNN_DEVICE void keep(int segment, Norm norm, const uint32_t (&values)[MT][of][2], int first_tile) const {
+  template <int pieces, int of>
+  GUNN_DEVICE void keep(int segment, Norm norm, const Packed<of>& values, int first_piece) const {
     if (chain_.z == nullptr) return;
     const Extents& extents = chain_.extents;
     Storage* z = chain_.z + (segment - chain_.first_segment) * extents.pixels * extents.z_rows();
-    this->template store_rows<tiles, of>(z, extents.z_rows(), extents.z_row(norm, 0), values, first_tile);
+    this->template store_rows<pieces, of>(z, extents.z_rows(), extents.z_row(norm, 0), values, first_piece);
   }
 
-  // Steps of 16 channels in [from, to), but for those in [first_late, last_late].
+  // Steps of channels in [from, to), but for those in [first_late, last_late].
   GUNN_DEVICE void reduce_steps(Sums<KT + ST>& sums, int from, int to, int first_late, int last_late) const {
     GUNN_ROLLED
     for (int step = from; step < to; ++step) {
@@ -201,35 +205,36 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     }
   }
   GUNN_DEVICE void load_pixels(uint32_t (&a)[4], int mt, int step) const {
-    if (!streams || 16 * step < chain_.resident) {
+    if (!streams || kStep * step < chain_.resident) {
       const int matrix = lane_ / 8, row = this->first_row(mt) + matrix % 2 * 8 + lane_ % 8;
-      load_matrices<false>(a, shared_ + row * layout_.map_stride + step * 16 + matrix / 2 * 8);
+      load_matrices<false>(a, shared_ + row * layout_.map_stride + step * kStep + matrix / 2 * kPiece);
     } else {
       GUNN_UNROLL
       for (int r = 0; r < 4; ++r) {
-        const int m = this->first_row(mt) + 8 * (r % 2) + lane_ / 4, channel = 16 * step + 8 * (r / 2);
-        a[r] = *reinterpret_cast<const uint32_t*>(this->at(m, channel + 2 * (lane_ % 4)));
+        const int m = this->first_row(mt) + 8 * (r % 2) + lane_ / 4;
+        a[r] = this->bits_at(m, this->column(2 * step + r / 2));
       }
     }
+    GUNN_UNROLL
+    for (int r = 0; r < 4; ++r) a[r] = Bits::operand(a[r]);
   }
 
   GUNN_DEVICE void activate_hidden(int segment) const {
     this->each_row([&](int, int, int m) {
       if (m >= count_) return;
-      Storage* to = shared_ + tables_.hidden_at[m] + 2 * (lane_ % 4);
       GUNN_UNROLL
-      for (int n = 0; n < KT; ++n) {
-        uint32_t& pair = *reinterpret_cast<uint32_t*>(to + 8 * n);
-        pair = activate_columns(segment, Kind::reduce, this->column(n), pair);
+      for (int p = 0; p < KP; ++p) {
+        uint32_t& bits = this->hidden_bits(m, p);
+        bits = activated(segment, Kind::reduce, this->column(p), bits);
       }
     });
   }
-  template <int tiles>
-  GUNN_DEVICE void activate(int segment, Kind kind, Packed<tiles>& values) const {
+  template <int pieces>
+  GUNN_DEVICE void activate(int segment, Kind kind, Packed<pieces>& values) const {
     this->each_row([&](int mt, int half, int) {
       GUNN_UNROLL
-      for (int n = 0; n < tiles; ++n) {
-        values[mt][n][half] = activate_columns(segment, kind, this->column(n), values[mt][n][half]);
+      for (int p = 0; p < pieces; ++p) {
+        values[mt][p][half] = activated(segment, kind, this->column(p), values[mt][p][half]);
       }
     });
   }
@@ -237,21 +242,27 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     const int k = static_cast<int>(kind);
     return value * tables_.scale[segment % 2][k][column] + tables_.shift[segment % 2][k][column];
   }
-  GUNN_DEVICE uint32_t activate_columns(int segment, Kind kind, int column, uint32_t pair) const {
-    return Base::pack(relu(normed(segment, kind, column, low(pair))),
-                      relu(normed(segment, kind, column + 1, high(pair))));
+  // A register as an operand of the next product.
+  GUNN_DEVICE uint32_t activated(int segment, Kind kind, int column, uint32_t bits) const {
+    return Bits::operand(
+        Bits::pack([&](int v) { return relu(normed(segment, kind, column + v, Bits::value(bits, v))); }));
   }
 
   // The block's mean and squared deviations of every column, sent to the clerks.
-  template <int tiles>
-  GUNN_DEVICE void exchange(Kind kind, const Packed<tiles>& z, unsigned epoch) {
+  template <int pieces>
+  GUNN_DEVICE void exchange(Kind kind, const Packed<pieces>& z, unsigned epoch) {
+    constexpr int tiles = pieces / Bits::kOfTile;
     if (!chain_.exchanges) return __syncthreads();
+    // The lane's two columns of a tile.
+    const auto value = [&](int mt, int n, int half, int which) {
+      return Bits::value(z[mt][Bits::piece_of(n, which)][half], which % kEach);
+    };
     const int in_warp = max(0, min(count_ - this->first_row(0), 16 * MT));
     GUNN_UNROLL
     for (int n = 0; n < tiles; ++n) {
       float sum[2] = {};
       this->each_row([&](int mt, int half, int m) {
-        if (m < count_) sum[0] += low(z[mt][n][half]), sum[1] += high(z[mt][n][half]);
+        if (m < count_) sum[0] += value(mt, n, half, 0), sum[1] += value(mt, n, half, 1);
       });
       // The lane's column is one of two, its mean and the other's.
       const float mine = in_warp > 0 ? Base::over_rows(sum) / static_cast<float>(in_warp) : 0;
@@ -261,13 +272,13 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       float squares[2] = {};
       this->each_row([&](int mt, int half, int m) {
         if (m >= count_) return;
-        const float apart[2] = {low(z[mt][n][half]) - mean[0], high(z[mt][n][half]) - mean[1]};
+        const float apart[2] = {value(mt, n, half, 0) - mean[0], value(mt, n, half, 1) - mean[1]};
         squares[0] += apart[0] * apart[0], squares[1] += apart[1] * apart[1];
       });
       const float all = Base::over_rows(squares);
       if (lane_ >= 8) continue;
-      tables_.a[warp_][this->column(n) + odd] = mine;
-      tables_.b[warp_][this->column(n) + odd] = all;
+      tables_.a[warp_][this->column_of(n, odd)] = mine;
+      tables_.b[warp_][this->column_of(n, odd)] = all;
     }
     __syncthreads();
     const int mine = threadIdx.x;
@@ -296,31 +307,34 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     __syncthreads();
   }
 
-  GUNN_DEVICE void write_back(int segment, const Packed<ST>& z3, const Packed<KT + ST>& z1) const {
+  GUNN_DEVICE void write_back(int segment, const Packed<SP>& z3, const Packed<KP + SP>& z1) const {
     const Extents& extents = chain_.extents;
     const int s = extents.segment;
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
       GUNN_UNROLL
-      for (int n = 0; n < ST; ++n) {
-        const int channel = this->column(n), in_state = segment * s + channel;
+      for (int p = 0; p < SP; ++p) {
+        const int channel = this->column(p), in_state = segment * s + channel;
         if (channel >= s) continue;
-        const uint32_t own = z3[mt][n][half], shortcut = z1[mt][KT + n][half];
-        const bool both = this->even_segments();
+        const uint32_t own = z3[mt][p][half], shortcut = z1[mt][KP + p][half];
+        const bool all = this->even_segments();
         uint32_t before = 0;
-        if (both && extents.residual) before = this->pair_at(m, in_state);
-        const float first = updated(segment, channel, low(own), low(shortcut), low(before));
-        const float second = updated(segment, channel + 1, high(own), high(shortcut), high(before));
-        if (both) {
-          this->set_pair(m, in_state, Base::pack(first, second));
+        if (all && extents.residual) before = this->bits_at(m, in_state);
+        float out[kEach];
+        GUNN_UNROLL
+        for (int v = 0; v < kEach; ++v) {
+          out[v] = updated(segment, channel + v, Bits::value(own, v), Bits::value(shortcut, v), Bits::value(before, v));
+        }
+        if (all) {
+          this->bits_at(m, in_state) = Bits::pack([&](int v) { return out[v]; });
           continue;
         }
         // Odd segments: a channel at a time, the state added here.
-        Storage* to = this->at(m, in_state);
-        to[0] = from_float<Storage>(extents.residual ? first + to_float(to[0]) : first);
-        if (channel + 1 < s) {
-          Storage* next = this->at(m, in_state + 1);
-          *next = from_float<Storage>(extents.residual ? second + to_float(*next) : second);
+        GUNN_UNROLL
+        for (int v = 0; v < kEach; ++v) {
+          if (channel + v >= s) break;
+          Storage* to = this->at(m, in_state + v);
+          *to = from_float<Storage>(extents.residual ? out[v] + to_float(*to) : out[v]);
         }
       }
     });

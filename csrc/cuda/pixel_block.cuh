@@ -11,13 +11,15 @@
 //            keeps neighbours in step: who sends the rows of the segment after next has received the next one's, which
 //            its neighbour sent when it had taken these.
 // Needs:     all blocks resident at once: a cooperative launch. Without exchanges whole images need nothing.
-// Shared:    map pixels * resident channels * 2 bytes; one segment's weights 2 * (n * (k + s) + 9 * k * k + k * s),
-//            fetched ahead; hidden activations (or their gradients) with a border. Channels that find no room are
-//            streamed from a copy of the block's own in global memory, which L2 holds.
+// Shared:    map pixels * resident channels; one segment's weights n * (k + s) + 9 * k * k + k * s, fetched ahead;
+//            hidden activations (or their gradients) with a border, in their last form as operands. Values of 2 bytes,
+//            of 4 for TF32. Channels that find no room are streamed from a copy of the block's own in global memory,
+//            which L2 holds.
 //
-// 16-bit dtypes, one unit, k and s of one template: KT and ST tiles of 8 channels.
+// One unit, k and s of one template: KT and ST tiles of 8 channels. How lanes hold values: registers.cuh.
 #pragma once
 
+#include "cuda/registers.cuh"
 #include "cuda/tables.cuh"
 #include "cuda/weights.cuh"
 #include "cuda/words.cuh"
@@ -52,8 +54,8 @@ struct Chain {
   Extents extents;
   const Storage* packed[kKinds];          // weights.cuh
   Word *words[kKinds], *results[kKinds];  // (columns, 2, blocks), (columns, 2)
-  Word* edges;                            // (2 turns, blocks, upper and lower, width * k / 2)
-  Storage* streamed;                      // (blocks, streamed channels / 8, pixels of a block, 8)
+  Word* edges;                            // (2 turns, blocks, upper and lower, registers of a row's k)
+  Storage* streamed;                      // (blocks, pieces of streamed channels, pixels of a block)
   int bands, band_rows, blocks;           // bands of an image and their rows, the last one's fewer; blocks with pixels
   int resident;                           // channels in shared memory, a multiple of 16
   int first_segment, last_segment;        // of this launch
@@ -68,7 +70,8 @@ struct Chain {
   }
 };
 
-// Where things lie in shared memory, in elements of 16 bits; the same function for host and device.
+// Where things lie in shared memory, in values; the same function for host and device.
+template <class Precision>
 struct ChainLayout {
   int map_stride, hidden_stride;
   int weights[kKinds], hidden, tables;  // begins
@@ -76,18 +79,19 @@ struct ChainLayout {
 
   __host__ GUNN_DEVICE ChainLayout(const Extents& extents, int pixels, int band_rows, int resident, bool transposed) {
     // Strides are odd multiples of 16 bytes: eight rows of one matrix lie in different banks.
-    map_stride = (resident / 8 | 1) * 8;
-    hidden_stride = (extents.k() / 8 | 1) * 8;
+    constexpr int kPiece = Registers<Precision>::kPiece;
+    map_stride = (resident / kPiece | 1) * kPiece;
+    hidden_stride = (extents.k() / kPiece | 1) * kPiece;
     int next = pixels * map_stride;
     for (int kind = 0; kind < kKinds; ++kind) {
-      const PackShape shape = pack_shape(extents, pack_of(static_cast<Kind>(kind), transposed), 0);
       weights[kind] = next;
-      next += shape.rows * ((shape.depth + 31) / 32) * 32;
+      next += static_cast<int>(
+          pack_shape(extents, pack_of(static_cast<Kind>(kind), transposed), 0).template size<Precision>());
     }
     hidden = next;
     next += (band_rows + 2) * (extents.width + 2) * hidden_stride;
-    tables = (next + 7) / 8 * 8;
-    bytes = tables * 2;
+    tables = (next + kPiece - 1) / kPiece * kPiece;
+    bytes = tables * static_cast<int>(sizeof(typename Precision::Storage));
   }
 };
 
@@ -149,11 +153,14 @@ template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool
 class PixelBlock {
  protected:
   using Storage = typename Precision::Storage;
+  using Bits = Registers<Precision>;
   static constexpr int kThreadCount = 32 * WARPS, kPixels = 16 * WARPS * MT;
+  static constexpr int kPiece = Bits::kPiece, kEach = Bits::kEach, kStep = Bits::kStep;
+  static constexpr int KP = KT * Bits::kOfTile, SP = ST * Bits::kOfTile;  // pieces of 16 bytes
   template <int tiles>
   using Sums = float[MT][tiles][4];
-  template <int tiles>
-  using Packed = uint32_t[MT][tiles][2];  // rounded: rows g and g + 8, columns 2t and 2t + 1
+  template <int pieces>
+  using Packed = uint32_t[MT][pieces][2];  // rounded: rows g and g + 8, the lane's register of each piece
 
   using Tables = BlockTables<WARPS, MT>;
 
@@ -177,25 +184,25 @@ class PixelBlock {
     for (int mt = 0; mt < MT; ++mt) pixel_[mt] = tables_.hidden_at[first_row(mt) + lane_ % 16];
   }
 
-  // ---- Weights: rows of 32 values of depth, whose 16-byte pieces are exchanged so that eight rows lie in all banks.
+  // ---- Weights: rows of 64 bytes of depth, whose four pieces are exchanged so that eight rows lie in all banks.
 
   GUNN_DEVICE Storage* weights(Kind kind) const { return shared_ + layout_.weights[static_cast<int>(kind)]; }
   GUNN_DEVICE PackShape shape_of(Kind kind) const { return pack_shape(base_.extents, pack_of(kind, transposed), 0); }
-  static GUNN_DEVICE int piece(int row, int piece) { return row * 32 + (piece ^ (row >> 1 & 3)) * 8; }
+  static GUNN_DEVICE int piece(int row, int piece) { return (row * 4 + (piece ^ (row >> 1 & 3))) * kPiece; }
 
   GUNN_DEVICE void fetch(Kind kind, int segment) const {
     const PackShape shape = shape_of(kind);
-    const int pieces = static_cast<int>(shape.size<Precision>() / 8);
+    const int pieces = static_cast<int>(shape.size<Precision>() / kPiece);
     const Storage* from = base_.packed[static_cast<int>(kind)] + segment * shape.size<Precision>();
     Storage* to = weights(kind);
     for (int at = threadIdx.x; at < pieces; at += kThreadCount) {
-      copy_async<16>(to + piece(at / 4, at % 4), from + at * 8);
+      copy_async<16>(to + piece(at / 4, at % 4), from + at * kPiece);
     }
   }
-  // Fragments of two neighbouring tiles of 8 columns, at a step of 16 of depth; `rows` in a chunk.
+  // Fragments of two neighbouring tiles of 8 columns, at a step of depth; `rows` in a chunk.
   GUNN_DEVICE void load_weights(uint32_t (&b)[4], const Storage* from, int rows, int tile, int step) const {
-    const int matrix = lane_ / 8, row = min(8 * (tile + matrix / 2) + lane_ % 8, rows - 1);
-    load_matrices<false>(b, from + step / 2 * rows * 32 + piece(row, step % 2 * 2 + matrix % 2));
+    const int matrix = lane_ / 8, row = min(8 * (tile + matrix / 2) + Bits::source(lane_ % 8), rows - 1);
+    load_matrices<false>(b, from + step / 2 * rows * 4 * kPiece + piece(row, step % 2 * 2 + matrix % 2));
   }
 
   // ---- The map: the state, or its gradient
@@ -204,15 +211,12 @@ class PixelBlock {
   GUNN_DEVICE Storage* at(int m, int channel) const {
     if (!streams || channel < base_.resident) return shared_ + m * layout_.map_stride + channel;
     const int behind = channel - base_.resident;
-    return streamed_ + (static_cast<int64_t>(behind / 8) * kPixels + m) * 8 + behind % 8;
+    return streamed_ + (static_cast<int64_t>(behind / kPiece) * kPixels + m) * kPiece + behind % kPiece;
   }
-  // Two channels of a pixel at once, where a pair is a word.
-  GUNN_DEVICE uint32_t pair_at(int m, int channel) const { return *reinterpret_cast<const uint32_t*>(at(m, channel)); }
-  GUNN_DEVICE void set_pair(int m, int channel, uint32_t pair) const {
-    *reinterpret_cast<uint32_t*>(at(m, channel)) = pair;
-  }
-  // Whether segments begin and end between words.
-  GUNN_DEVICE bool even_segments() const { return base_.extents.segment % 2 == 0; }
+  // A register of channels at once, where they have one for themselves.
+  GUNN_DEVICE uint32_t& bits_at(int m, int channel) const { return *reinterpret_cast<uint32_t*>(at(m, channel)); }
+  // Whether segments begin and end between registers.
+  GUNN_DEVICE bool even_segments() const { return base_.extents.segment % kEach == 0; }
   // Pixel m of the block, from the beginning of its image.
   template <class Scalar>
   GUNN_DEVICE Scalar* pixel_of(const FeatureMap<Scalar>& map, int m) const {
@@ -248,27 +252,28 @@ class PixelBlock {
   // ---- Pixel-major maps in memory, of which the block has rows [first_pixel, first_pixel + count)
 
   GUNN_DEVICE int64_t first_of_lane() const { return base_.first_pixel(blockIdx.x) + first_row(0) + lane_ / 4; }
-  // Channels [row, row + 8 * tiles) of each of the lane's pixels, zero beyond the block's.
-  template <int tiles>
-  GUNN_DEVICE void load_rows(const Storage* map, int step, int row, Packed<tiles>& out) const {
-    map += first_of_lane() * step + fresh(row + 2 * (lane_ % 4));
+  // Pieces of each of the lane's pixels from channel `row` on, zero beyond the block's.
+  template <int pieces>
+  GUNN_DEVICE void load_rows(const Storage* map, int step, int row, Packed<pieces>& out) const {
+    map += first_of_lane() * step + fresh(row + column(0));
     each_row([&](int mt, int half, int m) {
       const Storage* from = map + (16 * mt + 8 * half) * step;
       GUNN_UNROLL
-      for (int n = 0; n < tiles; ++n) {
-        out[mt][n][half] = m < count_ ? *reinterpret_cast<const uint32_t*>(from + 8 * n) : 0;
+      for (int p = 0; p < pieces; ++p) {
+        out[mt][p][half] = m < count_ ? *reinterpret_cast<const uint32_t*>(from + kPiece * p) : 0;
       }
     });
   }
-  template <int tiles, int of>
-  GUNN_DEVICE void store_rows(Storage* map, int step, int row, const uint32_t (&values)[MT][of][2],
-                              int first_tile = 0) const {
-    map += first_of_lane() * step + fresh(row + 2 * (lane_ % 4));
+  template <int pieces, int of>
+  GUNN_DEVICE void store_rows(Storage* map, int step, int row, const Packed<of>& values, int first_piece = 0) const {
+    map += first_of_lane() * step + fresh(row + column(0));
     each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
       Storage* to = map + (16 * mt + 8 * half) * step;
       GUNN_UNROLL
-      for (int n = 0; n < tiles; ++n) *reinterpret_cast<uint32_t*>(to + 8 * n) = values[mt][first_tile + n][half];
+      for (int p = 0; p < pieces; ++p) {
+        *reinterpret_cast<uint32_t*>(to + kPiece * p) = values[mt][first_piece + p][half];
+      }
     });
   }
 
@@ -284,40 +289,43 @@ class PixelBlock {
       for (int half = 0; half < 2; ++half) visit(mt, half, fresh(first_row(mt)) + 8 * half + lane_ / 4);
     }
   }
-  template <int tiles>
-  GUNN_DEVICE void store_hidden(const Packed<tiles>& values) const {
+  // The lane's register of a pixel's piece.
+  GUNN_DEVICE uint32_t& hidden_bits(int m, int p) const {
+    return *reinterpret_cast<uint32_t*>(shared_ + tables_.hidden_at[m] + column(0) + kPiece * p);
+  }
+  template <int pieces>
+  GUNN_DEVICE void store_hidden(const Packed<pieces>& values) const {
     each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
-      Storage* to = shared_ + tables_.hidden_at[m] + 2 * (lane_ % 4);
       GUNN_UNROLL
-      for (int n = 0; n < KT; ++n) *reinterpret_cast<uint32_t*>(to + 8 * n) = values[mt][n][half];
+      for (int p = 0; p < KP; ++p) hidden_bits(m, p) = values[mt][p][half];
     });
   }
   // The first and last row of the band, raw, for the bands beside it.
   GUNN_DEVICE Word* edge(int block, int lower, unsigned epoch) const {
-    const int64_t words = base_.extents.width * 4 * KT;
+    const int64_t words = base_.extents.width * 4 * KP;
     return base_.edges + ((epoch % 2 * base_.blocks + block) * 2 + lower) * words;
   }
-  template <int tiles>
-  GUNN_DEVICE void send_edges(const Packed<tiles>& values, unsigned epoch) const {
+  template <int pieces>
+  GUNN_DEVICE void send_edges(const Packed<pieces>& values, unsigned epoch) const {
     if (base_.bands == 1) return;
     const int width = base_.extents.width;
     each_row([&](int mt, int half, int m) {
       for (int lower = 0; lower < 2; ++lower) {
         const int column = lower ? m - (count_ - width) : m;
         if (column < 0 || column >= width || m >= count_) continue;
-        Word* to = edge(blockIdx.x, lower, epoch) + column * 4 * KT + lane_ % 4;
+        Word* to = edge(blockIdx.x, lower, epoch) + column * 4 * KP + lane_ % 4;
         GUNN_UNROLL
-        for (int n = 0; n < KT; ++n) send_bits(to + 4 * n, values[mt][n][half], epoch);
+        for (int p = 0; p < KP; ++p) send_bits(to + 4 * p, values[mt][p][half], epoch);
       }
     });
   }
-  // What neighbours have sent, into the border: what finish(pixel of the batch, first column, raw pair) makes of them.
+  // What neighbours have sent, into the border: what finish(pixel of the batch, first column, raw bits) makes of them.
   template <class Finish>
   GUNN_DEVICE void receive_edges(unsigned epoch, const Finish& finish) const {
     const int band = blockIdx.x % base_.bands, width = base_.extents.width;
     constexpr int kTogether = 4;
-    const int words = width * 4 * KT;
+    const int words = width * 4 * KP;
     // The upper neighbour's lower edge goes above the first row, the lower one's upper edge below the last.
     const int begin = band == 0 ? words : 0, end = band == base_.bands - 1 ? words : 2 * words;
     for (int first = begin + threadIdx.x; first < end; first += kTogether * kThreadCount) {
@@ -330,21 +338,23 @@ class PixelBlock {
       for (int j = 0; j < kTogether; ++j) {
         const int e = first + j * kThreadCount, lower = e >= words, at = e - lower * words;
         if (e >= end) break;
-        const int column = at / (4 * KT), pair = at % (4 * KT), row = lower ? base_.rows_of(blockIdx.x) + 1 : 0;
-        Storage* to = shared_ + layout_.hidden + (row * (width + 2) + column + 1) * layout_.hidden_stride + 2 * pair;
+        const int column = at / (4 * KP), channel = at % (4 * KP) * kEach;
+        const int row = lower ? base_.rows_of(blockIdx.x) + 1 : 0;
+        Storage* to = shared_ + layout_.hidden + (row * (width + 2) + column + 1) * layout_.hidden_stride + channel;
         const int64_t pixel = base_.first_pixel(blockIdx.x) + (lower ? count_ : -width) + column;
-        *reinterpret_cast<uint32_t*>(to) = finish(pixel, 2 * pair, raw[j]);
+        *reinterpret_cast<uint32_t*>(to) = finish(pixel, channel, raw[j]);
       }
     }
   }
   // The 3x3 convolution; transposed, with the opposite offsets.
   GUNN_DEVICE void spatial_steps(Sums<KT>& sums) const {
-    constexpr int kGroups = 9 * KT, kDirection = transposed ? -1 : 1;  // groups of 8 channels of a tap
+    constexpr int kPieces = 9 * KP, kDirection = transposed ? -1 : 1;  // of all taps
     const int row = (base_.extents.width + 2) * layout_.hidden_stride, matrix = lane_ / 8;
     GUNN_ROLLED
-    for (int step = 0; step < (kGroups + 1) / 2; ++step) {
-      const int group = min(2 * step + matrix / 2, kGroups - 1), tap = group / KT;
-      const int offset = kDirection * ((tap / 3 - 1) * row + (tap % 3 - 1) * layout_.hidden_stride) + group % KT * 8;
+    for (int step = 0; step < (kPieces + 1) / 2; ++step) {
+      const int piece = min(2 * step + matrix / 2, kPieces - 1), tap = piece / KP;
+      const int offset =
+          kDirection * ((tap / 3 - 1) * row + (tap % 3 - 1) * layout_.hidden_stride) + piece % KP * kPiece;
       uint32_t a[MT][4];
       GUNN_UNROLL
       for (int mt = 0; mt < MT; ++mt) load_matrices<false>(a[mt], shared_ + pixel_[mt] + offset);
@@ -379,29 +389,42 @@ class PixelBlock {
       }
     }
   }
-  template <int tiles>
-  static GUNN_DEVICE void fragment(uint32_t (&a)[4], const Packed<tiles>& values, int mt, int step) {
-    const int last = tiles - 1, next = 2 * step < last ? 2 * step + 1 : last;
+  template <int pieces>
+  static GUNN_DEVICE void fragment(uint32_t (&a)[4], const Packed<pieces>& values, int mt, int step) {
+    const int last = pieces - 1, next = 2 * step < last ? 2 * step + 1 : last;
     a[0] = values[mt][2 * step][0], a[1] = values[mt][2 * step][1];
     a[2] = 2 * step < last ? values[mt][next][0] : 0, a[3] = 2 * step < last ? values[mt][next][1] : 0;
   }
 
-  // ---- Pairs of 16-bit values, columns 2t and 2t + 1 of tile n
+  // ---- The lane's columns: those of its register of a piece, the first one; one of its two of a tile
 
-  static GUNN_DEVICE uint32_t pack(float low, float high) {
-    return from_float<Storage>(low).bits | static_cast<uint32_t>(from_float<Storage>(high).bits) << 16;
+  GUNN_DEVICE int column(int piece) const { return kPiece * piece + kEach * (lane_ % 4); }
+  GUNN_DEVICE int column_of(int tile, int which) const { return column(Bits::piece_of(tile, which)) + which % kEach; }
+  // Sums of both columns, in rows g and g + 8, as what a register has.
+  static GUNN_DEVICE float sum_of(const float (&sums)[4], int piece, int half, int v) {
+    return sums[2 * half + piece % Bits::kOfTile * kEach + v];
   }
-  static GUNN_DEVICE float low(uint32_t pair) { return to_float(Storage{static_cast<uint16_t>(pair)}); }
-  static GUNN_DEVICE float high(uint32_t pair) { return to_float(Storage{static_cast<uint16_t>(pair >> 16)}); }
-  GUNN_DEVICE int column(int tile) const { return 8 * tile + 2 * (lane_ % 4); }
-  template <int tiles>
-  static GUNN_DEVICE void round(const Sums<tiles>& sums, Packed<tiles>& z) {
+  template <int tiles, int pieces>
+  static GUNN_DEVICE void round(const Sums<tiles>& sums, Packed<pieces>& z) {
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       GUNN_UNROLL
-      for (int n = 0; n < tiles; ++n) {
-        z[mt][n][0] = pack(sums[mt][n][0], sums[mt][n][1]);
-        z[mt][n][1] = pack(sums[mt][n][2], sums[mt][n][3]);
+      for (int p = 0; p < pieces; ++p) {
+        GUNN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          z[mt][p][half] = Bits::pack([&](int v) { return sum_of(sums[mt][p / Bits::kOfTile], p, half, v); });
+        }
+      }
+    }
+  }
+  template <int pieces>
+  static GUNN_DEVICE void make_operands(Packed<pieces>& values) {
+    GUNN_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      GUNN_UNROLL
+      for (int p = 0; p < pieces; ++p) {
+        GUNN_UNROLL
+        for (int half = 0; half < 2; ++half) values[mt][p][half] = Bits::operand(values[mt][p][half]);
       }
     }
   }
@@ -446,7 +469,7 @@ class PixelBlock {
   }
 
   const Chain<Precision>& base_;
-  const ChainLayout layout_;
+  const ChainLayout<Precision> layout_;
   Storage* shared_;
   const int warp_, lane_, count_;
   Storage* streamed_;

@@ -495,7 +495,7 @@ class StagedBackward : protected StagedPass<Precision> {
     const dim3 grid(static_cast<unsigned>(this->tiles_of(size.rows) * this->tiles_of(size.width)),
                     static_cast<unsigned>(used), static_cast<unsigned>(count));
     auto kernel = weight_gradient<Precision, which, first_unit, false>;
-    if constexpr (sizeof(Storage) == 2) {
+    if constexpr (Precision::kTensorCores) {
       if (ready_) kernel = weight_gradient<Precision, which, true, true>;
     }
     launch(

@@ -4,7 +4,7 @@ import laws
 import pytest
 import torch
 from laws import GUNN_15
-from tolerance import Case
+from tolerance import Case, tensor_float
 
 CASES = [
     *GUNN_15,
@@ -24,7 +24,7 @@ def persistent(monkeypatch):
     monkeypatch.setenv("GUNN_CUDA_DRIVER", "persistent")
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CASES[:-1], ids=str)
 def test_values_and_gradients(case, mode, precision, device):
@@ -65,8 +65,12 @@ def test_the_same_bits_every_run_and_replayed(case, device):
         assert same(captured)
 
 
-def test_recomputation_changes_no_bit(device):
-    laws.recomputation_changes_no_bit(laws.sample_for("bfloat16", CASES[0]).to(device), torch.bfloat16)
+@pytest.mark.parametrize(("precision", "case"), [("bfloat16", CASES[0]), ("tf32", CASES[3])], ids=str)
+def test_recomputation_changes_no_bit(device, precision, case):
+    dtype, fast = laws.PRECISIONS[precision]
+    values = laws.sample_for(precision, case).to(device)
+    with tensor_float(fast):
+        laws.recomputation_changes_no_bit(values, dtype)
 
 
 def test_it_agrees_with_the_staged_driver(monkeypatch, device):

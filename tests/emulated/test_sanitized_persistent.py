@@ -27,8 +27,17 @@ CASES = (
 SLOW = [{"slow": block} for block in range(4)]  # the last of four is a clerk
 SCHEDULES = [{}, {"seed": 1}, *SLOW, {"slow": 0, "seed": 2}, {"slow": 1, "seed": 3}, {"slow": 2, "seed": 4}]
 
+DTYPES = ("bfloat16", "tensor_float32")  # of each size of values
+BUILT = tuple((dtype, flavour) for dtype in DTYPES for flavour in ("plain", "thread", "address"))
+
 SPARE: tuple[str, ...] = ()  # by a part of their own line, or of the next
 DEADLOCKS = ("edges take no turns", "a column of statistics without a clerk", "a column of sums without a clerk")
+EDGES = (
+    "edges take no turns",
+    "the row above is left out",
+    "the row below is left out",
+    "the first row goes out twice",
+)
 OVERRUNS = ("no room for results", "room for one turn of edges")  # the other faults show in values
 
 
@@ -54,8 +63,7 @@ LAUNCHES = sorted(
 @pytest.fixture(scope="module")
 def programs(emulated):
     """All that are needed, being built from now on."""
-    for built in ("bfloat16 plain", "bfloat16 thread", "float16 plain", "float16 thread", "bfloat16 address"):
-        dtype, flavour = built.split()
+    for dtype, flavour in (*BUILT, ("float16", "plain"), ("float16", "thread")):
         emulated.build(f"layer_{dtype}", flavour)
     return emulated
 
@@ -79,41 +87,42 @@ def hashes(result):
 
 @pytest.fixture(scope="module")
 def expected(programs):
-    return {dtype: hashes(programs.run(f"layer_{dtype}", "plain", *CASES)) for dtype in ("bfloat16", "float16")}
+    return {dtype: hashes(programs.run(f"layer_{dtype}", "plain", *CASES)) for dtype in (*DTYPES, "float16")}
 
 
 @pytest.fixture
 def shown(layer, expected):
     """How a fault shows under any schedule: as a ``deadlock``, in ``values``, or not at all (None)."""
 
-    def shown(planted):
+    def shown(planted, dtype="bfloat16"):
         for settings in SCHEDULES:
-            result = layer("bfloat16", "plain", f"planted={planted}", *SMALL, **settings)
+            result = layer(dtype, "plain", f"planted={planted}", *SMALL, **settings)
             if result.returncode == 3:
                 assert re.search(r"deadlock: .*: poll for ", result.stderr, re.DOTALL), result.stderr
                 return "deadlock"
             if result.returncode == 1:
                 assert re.search(r"is not finite|depends on", result.stderr), result.stderr
                 return "values"
-            if any(expected["bfloat16"][case] != found for case, found in hashes(result).items()):
+            if any(expected[dtype][case] != found for case, found in hashes(result).items()):
                 return "values"
         return None
 
     return shown
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("settings", SCHEDULES[1:], ids=str)
-def test_bits_depend_on_nothing_but_the_input(layer, expected, settings):
+def test_bits_depend_on_nothing_but_the_input(layer, expected, settings, dtype):
     """Not on who is fast or slow; nor, within a process, on what lay in the workspace."""
-    assert hashes(layer("bfloat16", "plain", *CASES, **settings)) == expected["bfloat16"]
+    assert hashes(layer(dtype, "plain", *CASES, **settings)) == expected[dtype]
 
 
 @pytest.mark.parametrize("settings", [{}, {"seed": 4, "workers": 2}, {"slow": 1}], ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "flavour"), [("bfloat16", "thread"), ("bfloat16", "address"), ("float16", "thread")], ids=str
+    ("dtype", "flavour"), [(*built,) for built in BUILT if built[1] != "plain"] + [("float16", "thread")], ids=str
 )
 def test_passes_are_clean_under_sanitizers(layer, expected, dtype, flavour, settings):
-    chosen = CASES if dtype == "bfloat16" else ("persistent_bands", "persistent_wide_no_shortcut")
+    chosen = CASES if dtype in DTYPES else ("persistent_bands", "persistent_wide_no_shortcut")
     passes = "passes=1" if settings else "passes=2"
     found = hashes(layer(dtype, flavour, passes, *chosen, **settings))
     assert found == {case: expected[dtype][case] for case in chosen}
@@ -153,9 +162,16 @@ def test_faults_are_found(shown, fault):
     assert shown(fault) == ("deadlock" if fault in DEADLOCKS else "values")
 
 
+@pytest.mark.parametrize("fault", EDGES)
+def test_faults_of_edges_are_found_where_a_word_has_one_value(shown, fault):
+    """TF32 has twice as many of these words, and of no others."""
+    assert shown(fault, "tensor_float32") == ("deadlock" if fault in DEADLOCKS else "values")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", OVERRUNS)
-def test_words_behind_their_piece_of_workspace_are_found(layer, fault):
-    result = layer("bfloat16", "address", f"planted={fault}", "passes=1", *SMALL)
+def test_words_behind_their_piece_of_workspace_are_found(layer, fault, dtype):
+    result = layer(dtype, "address", f"planted={fault}", "passes=1", *SMALL)
     assert result.returncode in (1, 66), result.stdout + result.stderr
     assert re.search(r"AddressSanitizer.*cuda/words\.cuh", result.stderr, re.DOTALL), result.stderr
 
@@ -166,14 +182,15 @@ def test_a_launch_left_out_is_found(shown, name):
     assert shown(f"launch:{name}") == "values"
 
 
-def test_a_byte_too_few_of_workspace_is_found(layer):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_byte_too_few_of_workspace_is_found(layer, dtype):
     """The last of each piece, in a layer without padding; of the channels that are streamed, in one with."""
     cases = ("persistent_eights", "persistent_eights_given", "persistent_streamed")
     pieces = range(64)
     found = {}
     for piece in pieces:
         for case in cases:
-            result = layer("bfloat16", "address", f"planted=piece:{piece}", "passes=1", case)
+            result = layer(dtype, "address", f"planted=piece:{piece}", "passes=1", case)
             if result.returncode:
                 assert re.search(r"use-after-poison.*cuda/", result.stderr, re.DOTALL), result.stderr
                 found[piece] = case

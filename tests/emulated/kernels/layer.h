@@ -1,5 +1,5 @@
 // Whole passes of the layer on random data, through the table of kernels of one dtype: a program includes this file,
-// then the dtype's source, and ends with LAYER(table). For the emulator only.
+// then the dtype's source, and ends with LAYER(table, whether the persistent driver takes it). For the emulator only.
 //
 // Every buffer is a heap block of exact size. A case runs its pass several times and checks that results are finite and
 // have the same bits whatever lay in the workspace, whether pre-activations were kept or recomputed, in one call or in
@@ -465,8 +465,10 @@ inline const std::vector<std::pair<const char*, Setup>>& setups() {
   return all;
 }
 
-// Of k 8 and s 4 unless they say otherwise, four segments: every turn of a slot comes twice.
-inline const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
+// Of k 8 and s 4 unless they say otherwise, four segments: every turn of a slot comes twice. `wide`: of 4 bytes, whose
+// channels are streamed by other blocks.
+template <bool wide>
+const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
   const auto on = [](int processors, Setup setup, int shared_kb = 0) {
     setup.processors = processors, setup.shared_kb = shared_kb;
     return setup;
@@ -484,8 +486,9 @@ inline const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
       {"persistent_wide", on(4, {{2, 36, 8, 8, 3, 2, 1, true, true}})},  // k 24, s 12
       {"persistent_wide_no_shortcut",
        on(4, {{2, 36, 7, 9, 3, 2, 1, false, false}, true, true, true, Layout::channels_last})},
-      {"persistent_streamed", on(2, {{1, 36, 17, 16, 3, 2, 1, true, true}}, 88)},
-      {"persistent_streamed_bands_given", on(3, given({{1, 36, 33, 16, 3, 2, 1, true, true}}), 88)},
+      {"persistent_streamed", on(2, {{1, 36, wide ? 16 : 17, 16, 3, 2, 1, true, true}}, wide ? 112 : 88)},
+      {"persistent_streamed_bands_given",
+       on(3, given({{1, 36, wide ? 17 : 33, 16, 3, 2, 1, true, true}}), wide ? 76 : 88)},
       // An earlier pass's words have the right epoch.
       {"persistent_one_segment", on(4, {{1, 4, 11, 16, 1, 2, 1, true, true}})},
       {"persistent_one_segment_given", on(4, given({{1, 4, 11, 16, 1, 2, 1, true, true}}))},
@@ -501,17 +504,17 @@ inline const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
 }
 
 template <class Scalar, class Wide>
-bool add_cases(const Kernels<Scalar, Wide>& kernels) {
+bool add_cases(const Kernels<Scalar, Wide>& kernels, bool persistent) {
   const auto add = [&](const auto& setups) {
     for (const auto& entry : setups) {
       cases()[entry.first] = [&kernels, &entry] { check(entry.first, kernels, entry.second); };
     }
   };
   add(setups());
-  if (sizeof(Scalar) == 2) add(persistent_setups());
+  if (persistent) add(persistent_setups<sizeof(Scalar) == 4>());
   return true;
 }
 
 }  // namespace gunn::test
 
-#define LAYER(table) static const bool added = ::gunn::test::add_cases(::gunn::table)
+#define LAYER(table, persistent) static const bool added = ::gunn::test::add_cases(::gunn::table, persistent)

@@ -3,4 +3,4 @@
 
 #include "cuda/bfloat16.cu"
 
-LAYER(cuda_bfloat16);
+LAYER(cuda_bfloat16, true);

@@ -3,4 +3,4 @@
 
 #include "cuda/float16.cu"
 
-LAYER(cuda_float16);
+LAYER(cuda_float16, true);

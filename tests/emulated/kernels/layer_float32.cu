@@ -3,4 +3,4 @@
 
 #include "cuda/float32.cu"
 
-LAYER(cuda_float32);
+LAYER(cuda_float32, false);

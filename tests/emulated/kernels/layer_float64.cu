@@ -3,4 +3,4 @@
 
 #include "cuda/float64.cu"
 
-LAYER(cuda_float64);
+LAYER(cuda_float64, false);

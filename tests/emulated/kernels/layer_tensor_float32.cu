@@ -3,4 +3,4 @@
 
 #include "cuda/tensor_float32.cu"
 
-LAYER(cuda_tensor_float32);
+LAYER(cuda_tensor_float32, true);
