@@ -15,11 +15,12 @@ from pathlib import Path
 
 from gunn_ext.analysis.performance import H200
 from gunn_ext.bench.cases import LAYERS
+from gunn_ext.bench.goals import goals
 from gunn_ext.bench.predict import HEADER, PARTS_HEADER, markdown, part_rows, prediction_rows
 from gunn_ext.bench.rows import Row, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 FILES = ("README.md", "docs/performance.md")
 COLUMNS = ("ours", "ours, recompute=False", "eager", "sunn")
 BATCH = 64
@@ -40,7 +41,7 @@ def taken(environment: dict) -> str:
 
 def measured_layers() -> str:
     """Times of the layers on the CPU."""
-    environment, rows = read_json(RESULTS / "cpu-layers.json")
+    environment, rows = read_json(RESULTS / "layers.json")
     table = []
     for layer in dict.fromkeys(row["layer"] for row in rows):
         sizes = LAYERS[layer]
@@ -57,12 +58,21 @@ def measured_layers() -> str:
 
 def measured_memory() -> str:
     """Memory of a training step on the CPU."""
-    environment, rows = read_json(RESULTS / "cpu-memory.json")
+    environment, rows = read_json(RESULTS / "memory.json")
     table = [
         (row["peer"], f"{row['saved_bytes'] / 1e9:.2f} GB", f"{row['resident_bytes'] / 1e9:.2f} GB") for row in rows
     ]
     head = f"One training step of GUNN-15 at batch {rows[0]['batch']} in {rows[0]['dtype']},\n{taken(environment)}:"
     return f"{head}\n\n" + markdown(("", "kept for the backward", "growth of the process at its peak"), table)
+
+
+def measured_goals() -> str:
+    """What was to be reached on the CPU, and what was."""
+    environment, _ = read_json(RESULTS / "layers.json")
+    head = f"{environment['threads']} threads of {environment['device']}, {environment['simd']}, {taken(environment)}:"
+    return f"{head}\n\n" + markdown(
+        ("work", "against", "goal", "measured", "reached"), [goal.cells() for goal in goals(RESULTS)]
+    )
 
 
 def predictions() -> str:
@@ -79,6 +89,7 @@ def parts() -> str:
 TABLES = {
     "measured layers": measured_layers,
     "measured memory": measured_memory,
+    "measured goals": measured_goals,
     "predictions": predictions,
     "parts of predictions": parts,
 }
