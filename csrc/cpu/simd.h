@@ -188,24 +188,6 @@ GUNN_INLINE Vector<Scalar> zip_high(Vector<Scalar> even, Vector<Scalar> odd) {
   return pick<Scalar>(even, odd, decltype(offset_by<lanes / 2>(zipped<lanes>(std::make_index_sequence<lanes>())))());
 }
 
-// Transposes as many rows as a vector has lanes: to(j)[i] = from(i)[j]. Zipping the first half of the rows with the
-// second rotates the bits of an element's place by one, so that half of them later rows and columns have changed
-// places.
-template <class Scalar, class From, class To>
-GUNN_INLINE void transpose_square(const From& from, const To& to) {
-  constexpr int L = Simd<Scalar>::lanes, kStages = L == 16 ? 4 : L == 8 ? 3 : L == 4 ? 2 : 1;
-  Vector<Scalar> rows[L], zipped[L];
-  GUNN_UNROLL for (int i = 0; i < L; ++i) rows[i] = load<Scalar>(from(i));
-  GUNN_UNROLL for (int stage = 0; stage < kStages; ++stage) {
-    GUNN_UNROLL for (int i = 0; i < L / 2; ++i) {
-      zipped[2 * i] = zip_low<Scalar>(rows[i], rows[i + L / 2]);
-      zipped[2 * i + 1] = zip_high<Scalar>(rows[i], rows[i + L / 2]);
-    }
-    GUNN_UNROLL for (int i = 0; i < L; ++i) rows[i] = zipped[i];
-  }
-  GUNN_UNROLL for (int j = 0; j < L; ++j) store<Scalar>(to(j), rows[j]);
-}
-
 // Transposes 4 rows of 4 neighbouring elements: to[j][i] = from[i][j].
 template <class Scalar>
 GUNN_INLINE void transpose_4x4(const Scalar* const (&from)[4], Scalar* const (&to)[4]) {

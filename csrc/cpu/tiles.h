@@ -169,16 +169,8 @@ void fill_mask(const Geometry<Scalar>& geometry, typename Simd<Scalar>::Int* mas
 // to(column)[row] = from[row][column]: `rows` rows of one tile, or of as many columns as said, with columns outermost.
 template <class Scalar, class To>
 GUNN_INLINE void transpose_tile(const Scalar* from, int64_t rows, To to, int64_t columns = Simd<Scalar>::tile) {
-  constexpr int64_t L = Simd<Scalar>::lanes;
-  const int64_t squares = rows / L * L;
-  for (int64_t r = 0; r < squares; r += L) {
-    for (int64_t column = 0; column < columns; column += L) {
-      transpose_square<Scalar>([&](int64_t i) { return from + (r + i) * columns + column; },
-                               [&](int64_t j) { return to(column + j) + r; });
-    }
-  }
   for (int64_t column = 0; column < columns; column += 4) {
-    int64_t r = squares;
+    int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
       const Scalar* row = from + r * columns + column;
       transpose_4x4<Scalar>({row, row + columns, row + 2 * columns, row + 3 * columns},
@@ -190,14 +182,13 @@ GUNN_INLINE void transpose_tile(const Scalar* from, int64_t rows, To to, int64_t
   }
 }
 
-// As many rows of pixel factors at a time as a vector has lanes: row(r, room) makes those of one.
+// Four rows of pixel factors at a time: row(r, room) makes those of one.
 template <class Factor, class To, class Row>
 GUNN_INLINE void transpose_pixel_factors(int64_t rows, To to, Row row) {
   constexpr int64_t columns = Simd<Factor>::tile / kDepth<Factor>;
-  constexpr int64_t L = Simd<Factor>::lanes;
-  for (int64_t r = 0; r < rows; r += L) {
-    const int64_t count = smaller(L, rows - r);
-    alignas(64) Factor room[L * columns];
+  for (int64_t r = 0; r < rows; r += 4) {
+    const int64_t count = smaller(4, rows - r);
+    alignas(64) Factor room[4 * columns];
     for (int64_t j = 0; j < count; ++j) row(r + j, room + j * columns);
     transpose_tile<Factor>(room, count, [&](int64_t column) { return to(column) + r; }, columns);
   }
