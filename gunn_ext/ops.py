@@ -260,10 +260,14 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _workspace(size: int, x: Tensor) -> Tensor:
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    if x.device.type == "cpu":
-        _core.prefer_large_pages(workspace.data_ptr(), size)
-    return workspace
+    return _in_large_pages(torch.empty(size, dtype=torch.uint8, device=x.device))
+
+
+def _in_large_pages(fresh: Tensor) -> Tensor:
+    """Memory that the CPU kernels will run through again and again."""
+    if fresh.device.type == "cpu":
+        _core.prefer_large_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size())
+    return fresh
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -569,7 +573,7 @@ def layer_backward(
         statistics=(statistics, _statistics_shape(x, *sizes)),
         saved=(saved, () if saved is None else _saved_shape(x, *sizes)),
     )
-    grad_x = _empty_like(x) if need_input else x.new_empty(0)
+    grad_x = _in_large_pages(_empty_like(x)) if need_input else x.new_empty(0)
     wide = _wide(x.dtype)
     grads = [torch.empty(p.shape, dtype=wide, device=p.device) for p in parameters] if need_parameters else []
     if x.numel() == 0:

@@ -13,7 +13,7 @@ GUNN_NOINLINE double multiply_add_registers(int64_t rounds) {
   volatile float unknown = 0.5f;  // to the compiler, which would know the result otherwise
   const Vector<float> factor = Vector<float>{} + unknown;
   Vector<float> sums[kSums];
-  GUNN_UNROLL for (int j = 0; j < kSums; ++j) sums[j] = factor;
+  for (int j = 0; j < kSums; ++j) sums[j] = factor * unknown;  // each on its own: equal sums would be made one
   for (int64_t round = 0; round < rounds; ++round) {
     GUNN_UNROLL for (int j = 0; j < kSums; ++j) sums[j] = sums[j] * factor + factor;
   }

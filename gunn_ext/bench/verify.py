@@ -41,8 +41,9 @@ class Yardstick:
     """The reference's results in float64, and the error of the reference in the dtype of the pass.
 
     A result may be `FACTOR` times as far from float64 as plain torch in the same dtype, plus `rounding`; gradients plus
-    1e-2, for at these sizes a ReLU or two falls on the other side of 0 in any implementation. The tests, on values
-    without such flips, hold the kernels to a tighter rule.
+    1e-2 or 16 roundings, for at these sizes a ReLU or two falls on the other side of 0 in any implementation, and each
+    changes small gradients by several per cent. The tests, on values without such flips, hold the kernels to a tighter
+    rule.
 
     Args:
         sizes: Of the layer.
@@ -69,7 +70,9 @@ class Yardstick:
             if not value.isfinite().all():
                 raise ValueError(f"{name} of the reference is not finite in {value.dtype}: nothing to compare with")
         self.allowed = {
-            name: FACTOR * relative_error(value, self.expected[name]) + floor + (0 if name == "y" else max(1e-2, floor))
+            name: FACTOR * relative_error(value, self.expected[name])
+            + floor
+            + (0 if name == "y" else max(1e-2, 16 * floor))
             for name, value in plain.items()
         }
 
