@@ -32,6 +32,7 @@ class PersistentKernel {
     size_t tables;  // bytes behind the layout's
 
     int pixels() const { return 16 * warps * fragments; }
+    bool rings() const { return through_ring(k_tiles); }
   };
 
   PersistentKernel(const Launcher& launcher, const Extents& extents, const char* name, bool exchanges,
@@ -77,11 +78,12 @@ class PersistentKernel {
 
  private:
   // If the layer has its k and s, and all its blocks are resident at once; `spread`: if moreover each has a processor
-  // to itself. Channels that find no room are streamed, at most half of them.
+  // to itself. Channels that find no room are streamed: at most half of them, beside a ring as many as need be.
   bool consider(const Candidate& candidate, bool spread) {
     const Extents& e = chain.extents;
     const int pixels = candidate.pixels();
     if (e.k() != 8 * candidate.k_tiles || e.s() != 8 * candidate.s_tiles || e.width > pixels) return false;
+    if (candidate.rings() && (e.shortcut || e.segment % 2 != 0)) return false;
     Launch how{name_, dim3(1), dim3(32 * candidate.warps), 0, launcher_.stream, &launcher_.shape};
     const size_t most = ask(how, candidate.kernel).shared;
     int band_rows = std::min(e.height, pixels / e.width);
@@ -89,9 +91,10 @@ class PersistentKernel {
     band_rows = (e.height + bands - 1) / bands;  // as equal as may be
     int resident = (e.channels + 15) / 16 * 16;
     const auto shared = [&] {
-      return ChainLayout(e, pixels, band_rows, resident, transposed).bytes + candidate.tables;
+      return ChainLayout(e, pixels, band_rows, resident, transposed, candidate.rings()).bytes + candidate.tables;
     };
-    while (candidate.streams && shared() > most && 2 * resident > e.channels) resident -= 16;
+    const int least = candidate.rings() ? 0 : e.channels / 2;
+    while (candidate.streams && shared() > most && resident > least) resident -= 16;
     if (shared() > most) return false;
     how.shared = shared();
     const Room room = ask(how, candidate.kernel);
@@ -132,7 +135,7 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
             WARPS,
             MT,
             streams,
-            sizeof(ForwardTables<WARPS, MT>)};
+            sizeof(ForwardTables<KT, ST, WARPS, MT>)};
   }
 
  public:
@@ -140,7 +143,8 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
       : Base(launcher, extents, "persistent_forward", exchanges,
              {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, false>(), candidate<3, 2, 8, 2, false>(),
               candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>(),
-              candidate<1, 1, 8, 4, true>()}) {}
+              candidate<1, 1, 8, 4, true>(), candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
+              candidate<10, 5, 8, 2, true>()}) {}
 };
 
 template <class Precision>
@@ -154,7 +158,7 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
             WARPS,
             MT,
             streams,
-            sizeof(BackwardTables<WARPS, MT>)};
+            sizeof(BackwardTables<KT, ST, WARPS, MT>)};
   }
 
  public:
@@ -162,7 +166,8 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
       : Base(launcher, extents, "persistent_backward", exchanges,
              {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, false>(), candidate<3, 2, 8, 2, false>(),
               candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, false>(),
-              candidate<1, 1, 8, 4, true>()}) {}
+              candidate<1, 1, 8, 4, true>(), candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
+              candidate<10, 5, 8, 2, true>()}) {}
 };
 
 // Gradients of weights from what chains leave, for blocks of segments.

@@ -11,12 +11,13 @@ import re
 import faults
 import pytest
 
-TRAIN = ("persistent_one_segment", "persistent_images", "persistent_bands", "persistent_eights")
+TRAIN = ("persistent_one_segment", "persistent_images", "persistent_bands", "persistent_eights", "persistent_ring")
 SMALL = tuple(f"{case}{mode}" for case in TRAIN for mode in ("", "_given"))
 CASES = (
     *SMALL,
     "persistent_streamed",
     "persistent_streamed_bands_given",
+    "persistent_ring_streamed",
     "persistent_wide",
     "persistent_wide_no_shortcut",
     "persistent_eights_channels_last",

@@ -496,6 +496,10 @@ inline const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
       {"persistent_eights_channels_last",
        on(2, {{1, 32, 8, 8, 4, 1, 1, true, true}, true, true, true, Layout::channels_last})},
       {"persistent_eights_given", on(2, given({{1, 32, 16, 8, 4, 1, 1, true, true}}))},
+      // k 80, s 40: weights come through a ring.
+      {"persistent_ring", on(3, {{1, 120, 3, 40, 3, 2, 1, false, true}})},
+      {"persistent_ring_given", on(3, given({{1, 120, 3, 40, 3, 2, 1, false, true}}))},
+      {"persistent_ring_streamed", on(2, {{1, 114, 5, 6, 3, 2, 1, false, false}}, 66)},  // k 76, s 38
   };
   return all;
 }
