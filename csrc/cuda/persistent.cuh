@@ -36,6 +36,7 @@ class PersistentKernel {
     size_t tables;  // bytes behind the layout's
 
     int pixels() const { return 16 * warps * fragments; }
+    bool rings() const { return through_ring(k_tiles); }
   };
 
   PersistentKernel(const Launcher& launcher, const Extents& extents, const char* name, bool exchanges,
@@ -81,11 +82,12 @@ class PersistentKernel {
 
  private:
   // If the layer has its k and s, and all its blocks are resident at once; `spread`: if moreover each has a processor
-  // to itself. Channels that find no room are streamed, 16 at a time.
+  // to itself. Channels that find no room are streamed, 16 at a time; beside a ring as many as need be.
   bool consider(const Candidate& candidate, bool spread) {
     const Extents& e = chain.extents;
     const int pixels = candidate.pixels();
     if (e.k() != 8 * candidate.k_tiles || e.s() != 8 * candidate.s_tiles || e.width > pixels) return false;
+    if (candidate.rings() && (e.shortcut || e.segment % 2 != 0)) return false;
     Launch how{name_, dim3(1), dim3(32 * candidate.warps), 0, launcher_.stream, &launcher_.shape};
     const size_t most = ask(how, candidate.kernel).shared;
     int band_rows = std::min(e.height, pixels / e.width);
@@ -93,9 +95,11 @@ class PersistentKernel {
     band_rows = (e.height + bands - 1) / bands;  // as equal as may be
     int resident = (e.channels + 15) / 16 * 16;
     const auto shared = [&] {
-      return ChainLayout<Precision>(e, pixels, band_rows, resident, transposed).bytes + candidate.tables;
+      return ChainLayout<Precision>(e, pixels, band_rows, resident, transposed, candidate.rings()).bytes +
+             candidate.tables;
     };
-    while (candidate.streams && shared() > most && kLeastShare * resident > e.channels) resident -= 16;
+    const int least = candidate.rings() ? 0 : e.channels / kLeastShare;
+    while (candidate.streams && shared() > most && resident > least) resident -= 16;
     if (shared() > most) return false;
     how.shared = shared();
     const Room room = ask(how, candidate.kernel);
@@ -136,15 +140,24 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
             WARPS,
             MT,
             streams,
-            sizeof(ForwardTables<WARPS, MT>)};
+            sizeof(ForwardTables<KT, ST, WARPS, MT>)};
+  }
+  static std::vector<typename Base::Candidate> candidates() {
+    constexpr bool kWide = Base::kWide;
+    std::vector<typename Base::Candidate> all{candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(),
+                                              candidate<3, 2, 8, 2, kWide>(), candidate<3, 2, 8, 4, true>(),
+                                              candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, kWide>(),
+                                              candidate<1, 1, 8, 4, true>()};
+    if constexpr (!kWide) {
+      all.insert(all.end(),
+                 {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(), candidate<10, 5, 8, 2, true>()});
+    }
+    return all;
   }
 
  public:
   ForwardKernel(const Launcher& launcher, const Extents& extents, bool exchanges)
-      : Base(launcher, extents, "persistent_forward", exchanges,
-             {candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, Base::kWide>(),
-              candidate<3, 2, 8, 2, Base::kWide>(), candidate<3, 2, 8, 4, true>(), candidate<1, 1, 4, 1, false>(),
-              candidate<1, 1, 8, 2, Base::kWide>(), candidate<1, 1, 8, 4, true>()}) {}
+      : Base(launcher, extents, "persistent_forward", exchanges, candidates()) {}
 };
 
 template <class Precision>
@@ -158,14 +171,18 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
             WARPS,
             MT,
             streams,
-            sizeof(BackwardTables<WARPS, MT>)};
+            sizeof(BackwardTables<KT, ST, WARPS, MT>)};
   }
   static std::vector<typename Base::Candidate> candidates() {
     constexpr bool kWide = Base::kWide;
     std::vector<typename Base::Candidate> all{candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(),
                                               candidate<3, 2, 8, 2, kWide>(), candidate<1, 1, 4, 1, false>(),
                                               candidate<1, 1, 8, 2, kWide>(), candidate<1, 1, 8, 4, true>()};
-    if constexpr (!kWide) all.push_back(candidate<3, 2, 8, 4, true>());  // has not enough registers
+    if constexpr (!kWide) {
+      all.push_back(candidate<3, 2, 8, 4, true>());  // of four bytes has not enough registers
+      all.insert(all.end(),
+                 {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(), candidate<10, 5, 8, 2, true>()});
+    }
     return all;
   }
 

@@ -14,6 +14,7 @@
 // Edges:     rows of d2; the neighbour makes dz2 of them with z2, which lies in memory.
 // Rounding:  every gradient to storage, as torch does; g after every segment.
 // Costs:     reads z (2k + 2s) and writes dz (2k + 2s) once a pixel and segment; g crosses memory once a launch.
+//            Streamed channels of g are read and written once a segment, a slot of the ring ahead where there is one.
 #pragma once
 
 #include "cuda/pixel_block.cuh"
@@ -34,13 +35,12 @@ struct BackwardChain : Chain<Precision> {
   bool need_gradients, batch_statistics;
 };
 
-constexpr int kMostRows = 2 * kMostColumns;  // of z
-
 // Behind the layout's elements.
-template <int warps, int fragments>
-struct BackwardTables : BlockTables<warps, fragments> {
-  alignas(16) float mean[2][kMostRows], scale[2][kMostRows], shift[2][kMostRows];  // take turns
-  float slope[kMostRows], constant[kMostRows];
+template <int KT, int ST, int warps, int fragments>
+struct BackwardTables : BlockTables<KT, ST, warps, fragments> {
+  static constexpr int kRows = KT > 8 ? 8 * (2 * KT + ST) : 128;       // of z, at most
+  alignas(16) float mean[2][kRows], scale[2][kRows], shift[2][kRows];  // take turns
+  float slope[kRows], constant[kRows];
 };
 
 template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
@@ -57,27 +57,36 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   using Base::KP;
   using Base::lane_;
   using Base::layout_;
+  using Base::RP;
   using Base::SP;
   using Base::warp_;
+  static constexpr bool kRing = Base::kRing;
+  using Tables = BackwardTables<KT, ST, WARPS, MT>;
 
  public:
   GUNN_DEVICE BackwardBlock(const BackwardChain<Precision>& chain, Storage* shared)
-      : Base(chain, shared), chain_(chain), tables_(static_cast<BackwardTables<WARPS, MT>&>(Base::tables_)) {}
+      : Base(chain, shared), chain_(chain), tables_(static_cast<Tables&>(Base::tables_)) {}
 
   GUNN_DEVICE void run() {
     const Extents& extents = chain_.extents;
-    const int begin = chain_.first_segment, last = chain_.last_segment, pairs = (extents.channels + 15) / 16;
+    const int begin = chain_.first_segment, last = chain_.last_segment;
+    const auto pairs = [&] { return (this->pinned(extents.channels) + 15) / 16; };
+    const auto half = [&] { return kRing ? pairs() / (2 * kSlotSteps) * kSlotSteps : pairs() / 2; };  // in whole slots
     this->fetch(Kind::spatial, last);
     this->fetch(Kind::project, last);
     fetch_tables(last);
-    copy_async_commit();
+    if (kRing) {
+      this->start_ring(chain_.g_before.data != nullptr);
+    } else {
+      copy_async_commit();
+    }
     this->load_map(chain_.g, chain_.g, 0);
     Packed<SP> z3, zs = {};
     load_outputs(last, z3, zs);
     copy_async_wait<0>();
     __syncthreads();
 
-    Packed<KP + SP> dz;  // of the segment before, whose spread is not complete, as operand
+    Packed<RP> dz;  // of the segment before, whose spread is not complete, as operand
     for (int i = last; i >= begin; --i) {
       const bool spreads = i < last;
       const int first_late = i * extents.segment / 16, last_late = ((i + 1) * extents.segment - 1) / 16;
@@ -88,19 +97,19 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       GUNN_UNROLL
       for (int n = 0; n < ST; ++n) {
         add_sums<SP>(i, n, n, Norm::project, d3, z3);
-        if (extents.shortcut) add_sums<SP>(i, ST + n, n, Norm::shortcut, d3, zs);
+        if (this->has_shortcut()) add_sums<SP>(i, ST + n, n, Norm::shortcut, d3, zs);
       }
       exchange(Kind::project, epoch);
-      if (spreads) spread(dz, i + 1, 0, pairs / 2, first_late, last_late);
+      if (spreads) spread(dz, i + 1, 0, half(), first_late, last_late);
       Packed<KP> z2;
       load(i, Norm::spatial, z2);
-      copy_async_wait<0>();
+      if (!kRing) copy_async_wait<0>();
       settle(Kind::project, epoch);
 
       slope<SP>(i, Norm::project, d3, z3, z3);
       leave<SP>(i, Norm::project, z3);
       Packed<SP> dzs = {};
-      if (extents.shortcut) {
+      if (this->has_shortcut()) {
         slope<SP>(i, Norm::shortcut, d3, zs, dzs);
         leave<SP>(i, Norm::shortcut, dzs);
       }
@@ -112,13 +121,17 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       this->send_edges(d2, epoch);
       this->store_hidden(d2);  // as it is, until its batch norm's sums are back
       exchange(Kind::spatial, epoch);
-      if (spreads) spread(dz, i + 1, pairs / 2, pairs, first_late, last_late);
+      if (spreads) spread(dz, i + 1, half(), pairs(), first_late, last_late);
       Packed<KP> z1;
       load(i, Norm::reduce, z1);
-      __syncthreads();  // the weights of the spread have been read
-      this->fetch(Kind::reduce, i);
-      if (i > begin) fetch_tables(i - 1);
-      copy_async_commit();
+      if (kRing) {
+        if (i > begin) this->fetch(Kind::project, i - 1), fetch_tables(i - 1);  // with a slot of the ring
+      } else {
+        __syncthreads();  // the weights of the spread have been read
+        this->fetch(Kind::reduce, i);
+        if (i > begin) fetch_tables(i - 1);
+        copy_async_commit();
+      }
       settle(Kind::spatial, epoch);
 
       finish_hidden(i, z2);
@@ -129,13 +142,12 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       this->spatial_steps(sums);
       stop(i, Norm::reduce, sums, z1, d2);
       exchange(Kind::reduce, epoch);
-      if (i > begin) {
-        this->fetch(Kind::spatial, i - 1);
-        this->fetch(Kind::project, i - 1);
-        load_outputs(i - 1, z3, zs);
+      if (i > begin) load_outputs(i - 1, z3, zs);
+      if (!kRing) {
+        if (i > begin) this->fetch(Kind::spatial, i - 1), this->fetch(Kind::project, i - 1);
+        copy_async_commit();
+        copy_async_wait<1>();  // the reduce's weights and the tables
       }
-      copy_async_commit();
-      copy_async_wait<1>();  // the reduce's weights and the tables
       settle(Kind::reduce, epoch);
 
       slope<KP>(i, Norm::reduce, d2, z1, z1);
@@ -143,12 +155,12 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       join(z1, dzs, dz);
       if (i > begin) {
         const int next = i - 1;
-        spread(dz, i, next * extents.segment / 16, ((next + 1) * extents.segment - 1) / 16 + 1, -1, -1);
+        spread_of(dz, i, next * extents.segment / 16, ((next + 1) * extents.segment - 1) / 16);
         __syncwarp();  // a warp reads the gradients of its own pixels only
       }
     }
     if (chain_.g_before.data == nullptr) return;
-    spread(dz, begin, 0, pairs, -1, -1);
+    spread(dz, begin, 0, pairs(), -1, -1);
     __syncthreads();
     this->store_map(chain_.g_before);
   }
@@ -168,7 +180,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   }
   GUNN_DEVICE void load_outputs(int segment, Packed<SP>& z3, Packed<SP>& zs) const {
     load(segment, Norm::project, z3);
-    if (chain_.extents.shortcut) load(segment, Norm::shortcut, zs);
+    if (this->has_shortcut()) load(segment, Norm::shortcut, zs);
   }
   template <int pieces>
   GUNN_DEVICE void leave(int segment, Norm norm, const Packed<pieces>& dz) const {
@@ -196,10 +208,11 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
       GUNN_UNROLL
       for (int p = 0; p < SP; ++p) {
         if (this->even_segments()) {
-          d3[mt][p][half] = this->column(p) < s ? this->bits_at(m, segment * s + this->column(p)) : 0;
+          const int column = this->pinned(this->column(p));
+          d3[mt][p][half] = column < s ? this->bits_at(m, segment * s + column) : 0;
           continue;
         }
-        d3[mt][p][half] = Bits::pack([&](int v) {
+        d3[mt][p][half] = Base::pack([&](int v) {
           const int channel = this->column(p) + v;
           return channel < s ? to_float(*this->at(m, segment * s + channel)) : 0;
         });
@@ -207,70 +220,119 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     });
   }
   // 16 channels at a time in [from, to), but for [first_late, last_late].
-  GUNN_DEVICE void spread(const Packed<KP + SP>& dz, int segment, int from, int to, int first_late,
-                          int last_late) const {
+  GUNN_DEVICE void spread(const Packed<RP>& dz, int segment, int from, int to, int first_late, int last_late) {
+    if constexpr (kRing) {
+      const auto late = this->late_steps(this->pinned(segment));
+      spread_slots(dz, segment, from, to, [&](int pair) { return pair < late.first || pair > late.last; });
+    } else {
+      spread_pairs(dz, segment, from, to, first_late, last_late);
+    }
+  }
+  GUNN_DEVICE void spread_of(const Packed<RP>& dz, int segment, int first, int last) {
+    if constexpr (kRing) {
+      spread_slots(dz, segment, first / kSlotSteps * kSlotSteps, last + 1, [&](int pair) { return pair >= first; });
+    } else {
+      spread_pairs(dz, segment, first, last + 1, -1, -1);
+    }
+  }
+  GUNN_DEVICE void spread_pairs(const Packed<RP>& dz, int segment, int from, int to, int first_late,
+                                int last_late) const {
     GUNN_ROLLED
     for (int pair = from; pair < to; ++pair) {
       if (pair < first_late || pair > last_late) spread_pair(dz, segment, pair);
     }
   }
-  GUNN_DEVICE void spread_pair(const Packed<KP + SP>& dz, int segment, int pair) const {
-    constexpr int kSteps = (KP + SP + 1) / 2;
+  template <class Wanted>
+  GUNN_DEVICE void spread_slots(const Packed<RP>& dz, int segment, int from, int to, const Wanted& wanted) {
+    this->each_step(from, to, [&](int pair, uint32_t (&g)[MT][4], const Storage* slot, int) {
+      if (!wanted(pair)) return;
+      uint32_t b[kSteps][4];
+      load_spread(b, slot, pair);
+      GUNN_UNROLL
+      for (int mt = 0; mt < MT; ++mt) {
+        GUNN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          add_spread(dz, segment, pair, b, mt, half, [&](int, int row) -> uint32_t& { return g[mt][2 * half + row]; });
+        }
+      }
+      this->each_register(pair, [&](int mt, int r, uint32_t* to) { *to = g[mt][r]; });
+    });
+  }
+  GUNN_DEVICE void spread_pair(const Packed<RP>& dz, int segment, int pair) const {
     const PackShape shape = this->shape_of(Kind::reduce);
-    // Packed in tiles of 64 rows.
-    const int tile = pair / 4, rows = min(shape.rows - tile * kColumns, kColumns);
-    const Storage* weights =
-        this->weights(Kind::reduce) + tile * kColumns * shape.chunks<Precision>() * Pool<Precision>::kDepth;
     uint32_t b[kSteps][4];
-    GUNN_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      if (Base::kStep * step < shape.depth) this->load_weights(b[step], weights, rows, pair % 4 * 2, step);
-    }
+    // Packed in tiles of 64 rows.
+    load_spread(b,
+                this->weights(Kind::reduce) + pair / 4 * kColumns * shape.chunks<Precision>() * Pool<Precision>::kDepth,
+                pair);
     const int first = fresh(this->first_row(0) + lane_ / 4);
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       GUNN_UNROLL
       for (int half = 0; half < 2; ++half) {
         uint32_t* places[Bits::kOfTile][2];  // of the lane's registers: pieces, rows
-        float g[4];
         GUNN_UNROLL
         for (int p = 0; p < Bits::kOfTile; ++p) {
-          const int channel = this->column((2 * pair + half) * Bits::kOfTile + p);
           GUNN_UNROLL
           for (int row = 0; row < 2; ++row) {
+            const int channel = this->column((2 * pair + half) * Bits::kOfTile + p);
             places[p][row] = &this->bits_at(first + 16 * mt + 8 * row, channel);
-            GUNN_UNROLL
-            for (int v = 0; v < kEach; ++v) g[2 * row + kEach * p + v] = Bits::value(*places[p][row], v);
           }
         }
-        if (!chain_.extents.residual) {
-          GUNN_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            if (this->column_of(2 * pair + half, j % 2) / chain_.extents.segment == segment) g[j] = 0;  // replaced
-          }
-        }
-        GUNN_UNROLL
-        for (int step = 0; step < kSteps; ++step) {
-          if (Base::kStep * step >= shape.depth) break;  // no shortcut
-          uint32_t a[4];
-          Base::template fragment<KP + SP>(a, dz, mt, step);
-          Precision::multiply(g, a, {b[step][2 * half], b[step][2 * half + 1]});
-        }
-        GUNN_UNROLL
-        for (int p = 0; p < Bits::kOfTile; ++p) {
-          GUNN_UNROLL
-          for (int row = 0; row < 2; ++row) {
-            *places[p][row] = Bits::pack([&](int v) { return Base::sum_of(g, p, row, v); });
-          }
-        }
+        add_spread(dz, segment, pair, b, mt, half, [&](int p, int row) -> uint32_t& { return *places[p][row]; });
       }
     }
   }
-  static GUNN_DEVICE void join(const Packed<KP>& dz1, const Packed<SP>& dzs, Packed<KP + SP>& dz) {
+  static constexpr int kSteps = (RP + 1) / 2;
+  // The weights of 16 channels from their tile of 64.
+  GUNN_DEVICE void load_spread(uint32_t (&b)[kSteps][4], const Storage* tile, int pair) const {
+    const PackShape shape = this->shape_of(Kind::reduce);
+    const int rows = min(shape.rows - pair / 4 * kColumns, kColumns);
+    GUNN_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      if (kRing || Base::kStep * step < shape.depth) this->load_weights(b[step], tile, rows, pair % 4 * 2, step);
+    }
+  }
+  // To eight of the channels, of rows g and g + 8; bits_of(piece of them, row) is the lane's register.
+  template <class BitsOf>
+  GUNN_DEVICE void add_spread(const Packed<RP>& dz, int segment, int pair, const uint32_t (&b)[kSteps][4], int mt,
+                              int half, const BitsOf& bits_of) const {
+    const int depth = chain_.extents.reduce_columns(0);
+    float g[4];
+    GUNN_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      GUNN_UNROLL
+      for (int p = 0; p < Bits::kOfTile; ++p) {
+        GUNN_UNROLL
+        for (int v = 0; v < kEach; ++v) g[2 * row + kEach * p + v] = Bits::value(bits_of(p, row), v);
+      }
+    }
+    if (!chain_.extents.residual) {
+      GUNN_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (this->column_of(2 * pair + half, j % 2) / chain_.extents.segment == segment) g[j] = 0;  // replaced
+      }
+    }
+    GUNN_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      if (!kRing && Base::kStep * step >= depth) break;  // no shortcut
+      uint32_t a[4];
+      Base::template fragment<RP>(a, dz, mt, step);
+      Precision::multiply(g, a, {b[step][2 * half], b[step][2 * half + 1]});
+    }
+    GUNN_UNROLL
+    for (int p = 0; p < Bits::kOfTile; ++p) {
+      GUNN_UNROLL
+      for (int row = 0; row < 2; ++row) {
+        bits_of(p, row) = Base::pack([&](int v) { return Base::sum_of(g, p, row, v); });
+      }
+    }
+  }
+  static GUNN_DEVICE void join(const Packed<KP>& dz1, const Packed<SP>& dzs, Packed<RP>& dz) {
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       GUNN_UNROLL
-      for (int p = 0; p < KP + SP; ++p) {
+      for (int p = 0; p < RP; ++p) {
         GUNN_UNROLL
         for (int half = 0; half < 2; ++half) {
           dz[mt][p][half] = p < KP ? dz1[mt][p < KP ? p : 0][half] : dzs[mt][p < KP ? 0 : p - KP][half];
@@ -290,27 +352,29 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   }
   // dz of a register of columns.
   GUNN_DEVICE uint32_t slope_columns(int turn, int row, uint32_t d, uint32_t z) const {
-    return Bits::pack([&](int v) { return sloped(turn, row + v, Bits::value(d, v), Bits::value(z, v)); });
+    return Base::pack([&](int v) { return sloped(turn, row + v, Bits::value(d, v), Bits::value(z, v)); });
   }
   template <int pieces>
   GUNN_DEVICE void slope(int segment, Norm norm, const Packed<pieces>& d, const Packed<pieces>& z,
                          Packed<pieces>& dz) const {
-    this->each_row([&](int mt, int half, int) {
-      GUNN_UNROLL
-      for (int p = 0; p < pieces; ++p) {
-        dz[mt][p][half] = slope_columns(segment % 2, row_of(norm) + this->column(p), d[mt][p][half], z[mt][p][half]);
-      }
-    });
+    GUNN_UNROLL
+    for (int p = 0; p < pieces; ++p) {
+      const int row = this->pinned(row_of(norm) + this->column(p));
+      this->each_row([&](int mt, int half, int) {
+        dz[mt][p][half] = slope_columns(segment % 2, row, d[mt][p][half], z[mt][p][half]);
+      });
+    }
   }
   // dz2 in the place of d2, and of z2.
   GUNN_DEVICE void finish_hidden(int segment, Packed<KP>& z2) const {
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
+      uint32_t* bits = this->hidden_bits(m);
       GUNN_UNROLL
       for (int p = 0; p < KP; ++p) {
-        uint32_t &bits = this->hidden_bits(m, p), &z = z2[mt][p][half];
-        z = slope_columns(segment % 2, row_of(Norm::spatial) + this->column(p), bits, z);
-        bits = Bits::operand(z);
+        uint32_t& z = z2[mt][p][half];
+        z = slope_columns(segment % 2, row_of(Norm::spatial) + this->column(p), bits[4 * p], z);
+        bits[4 * p] = Bits::operand(z);
       }
     });
   }
@@ -321,13 +385,15 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   GUNN_DEVICE void stop(int segment, Norm norm, const Sums<KT>& sums, const Packed<KP>& z, Packed<KP>& d) const {
     GUNN_UNROLL
     for (int n = 0; n < KT; ++n) {
-      const int turn = segment % 2;
+      const int first = n * Bits::kOfTile, turn = segment % 2;
+      const int row = this->pinned(row_of(norm) + this->column(first));
       this->each_row([&](int mt, int half, int) {
         GUNN_UNROLL
-        for (int p = n * Bits::kOfTile; p < (n + 1) * Bits::kOfTile; ++p) {
-          const int row = row_of(norm) + this->column(p);
-          d[mt][p][half] = Bits::pack([&](int v) {
-            return stopped(turn, row + v, Bits::value(z[mt][p][half], v), Base::sum_of(sums[mt][n], p, half, v));
+        for (int p = 0; p < Bits::kOfTile; ++p) {
+          const uint32_t inputs = z[mt][first + p][half];
+          d[mt][first + p][half] = Base::pack([&](int v) {
+            return stopped(turn, row + Base::kPiece * p + v, Bits::value(inputs, v),
+                           Base::sum_of(sums[mt][n], p, half, v));
           });
         }
       });
@@ -350,8 +416,8 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   GUNN_DEVICE void add_sums(int segment, int to, int n, Norm norm, const Packed<pieces>& d,
                             const Packed<pieces>& z) const {
     if (!chain_.exchanges) return;
-    const float* means = tables_.mean[segment % 2] + row_of(norm);
-    const float mean[2] = {means[this->column_of(n, 0)], means[this->column_of(n, 1)]};
+    const float* means = tables_.mean[segment % 2] + this->pinned(row_of(norm) + this->column(n * Bits::kOfTile));
+    const float mean[2] = {means[0], means[Bits::kApart]};
     float sums[4] = {};  // of d in both columns, of the products in both
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
@@ -392,7 +458,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
         this->receive_pair(kind, mine, epoch, &b, &c);
       }
       // Without a shortcut its place in the exchange is nobody's in z.
-      if (place.norm != Norm::shortcut || chain_.extents.shortcut) {
+      if (place.norm != Norm::shortcut || this->has_shortcut()) {
         const int row = row_of(place.norm) + place.channel;
         tables_.slope[row] = b, tables_.constant[row] = c;
       }
@@ -401,7 +467,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   }
 
   const BackwardChain<Precision>& chain_;
-  BackwardTables<WARPS, MT>& tables_;
+  Tables& tables_;
 };
 
 // A clerk's warp: its columns of every exchange, in order.

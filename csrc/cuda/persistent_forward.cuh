@@ -6,9 +6,10 @@
 // Waits:     are filled with the next segment's reduce: its product over all channels but those about to be written
 //            back. After the write-back only the steps of depth with these channels remain.
 // Edges:     rows of z1.
-// Registers: MT * (KT + ST) * 4 sums of the reduce ahead, MT * KT * 4 of the 3x3.
+// Registers: MT * (KT + ST) * 4 sums of the reduce ahead, MT * KT * 4 of the 3x3. With a ring there is no shortcut, but
+//            16 * MT words of the state are on their way beside the reduce's sums.
 // Costs:     x and y cross memory once, pre-activations where they are kept. Weights, and streamed channels, come from
-//            L2 once a block and segment.
+//            L2 once a block and segment; every warp reads all weights from shared memory, for its 16 * MT pixels.
 //
 // z is rounded to storage before its moments are taken, as everywhere.
 #pragma once
@@ -31,9 +32,10 @@ struct ForwardChain : Chain<Precision> {
 };
 
 // Behind the layout's elements.
-template <int warps, int fragments>
-struct ForwardTables : BlockTables<warps, fragments> {
-  alignas(16) float scale[2][kKinds][kMostColumns], shift[2][kKinds][kMostColumns];  // segments take turns
+template <int KT, int ST, int warps, int fragments>
+struct ForwardTables : BlockTables<KT, ST, warps, fragments> {
+  static constexpr int kColumns = BlockTables<KT, ST, warps, fragments>::kColumns;
+  alignas(16) float scale[2][kKinds][kColumns], shift[2][kKinds][kColumns];  // segments take turns
 };
 
 template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
@@ -52,13 +54,17 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   using Base::kStep;
   using Base::lane_;
   using Base::layout_;
+  using Base::RP;
+  using Base::RT;
   using Base::shared_;
   using Base::SP;
   using Base::warp_;
+  static constexpr bool kRing = Base::kRing;
+  using Tables = ForwardTables<KT, ST, WARPS, MT>;
 
  public:
   GUNN_DEVICE ForwardBlock(const ForwardChain<Precision>& chain, Storage* shared)
-      : Base(chain, shared), chain_(chain), tables_(static_cast<ForwardTables<WARPS, MT>&>(Base::tables_)) {}
+      : Base(chain, shared), chain_(chain), tables_(static_cast<Tables&>(Base::tables_)) {}
 
   GUNN_DEVICE void run() {
     const Extents& extents = chain_.extents;
@@ -66,18 +72,25 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     fetch(Kind::reduce, begin);
     fetch(Kind::spatial, begin);
     fetch(Kind::project, begin);
+    if (kRing) this->start_ring(true);
     this->load_map(chain_.before, chain_.x, begin * extents.segment);
     copy_async_wait<0>();
     __syncthreads();
     const int steps = (extents.channels + kStep - 1) / kStep;
-    Sums<KT + ST> ahead = {};
+    const int half = kRing ? steps / (2 * kSlotSteps) * kSlotSteps : steps / 2;  // in whole slots
+    Sums<RT> ahead = {};
     // In the order in which the segments behind the first are summed, so that z has the same bits wherever one begins.
     const int first_before = begin == 0 ? steps : (begin - 1) * extents.segment / kStep;
     const int before = begin == 0 ? 0 : (begin * extents.segment - 1) / kStep - first_before + 1;
-    GUNN_ROLLED
-    for (int at = 0; at < steps; ++at) {
-      const bool late = at >= steps - before;
-      reduce_step(ahead, late ? at - (steps - before) + first_before : at < first_before ? at : at + before);
+    if constexpr (kRing) {
+      reduce_steps(ahead, 0, steps, first_before, first_before + before - 1);
+      if (before > 0) reduce_steps_of(ahead, first_before, first_before + before - 1);
+    } else {
+      GUNN_ROLLED
+      for (int at = 0; at < steps; ++at) {
+        const bool late = at >= steps - before;
+        reduce_step(ahead, late ? at - (steps - before) + first_before : at < first_before ? at : at + before);
+      }
     }
     for (int i = begin; i <= last; ++i) {
       const bool more = i < last;
@@ -85,13 +98,15 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       const unsigned epoch = i + 1;
 
       // z1 into the padded image, raw; zs stays in registers.
-      Packed<KP + SP> z1;
+      Packed<RP> z1;
       Base::round(ahead, z1);
       this->store_hidden(z1);
       this->send_edges(z1, epoch);
       exchange(Kind::reduce, z1, epoch);
-      keep<KP, KP + SP>(i, Norm::reduce, z1, 0);
-      if (extents.shortcut) keep<SP, KP + SP>(i, Norm::shortcut, z1, KP);
+      keep<KP, RP>(i, Norm::reduce, z1, 0);
+      if constexpr (!kRing) {
+        if (extents.shortcut) keep<SP, RP>(i, Norm::shortcut, z1, KP);
+      }
       if (more) fetch(Kind::reduce, i + 1);
       settle(Kind::reduce, i, epoch);
       activate_hidden(i);
@@ -108,9 +123,11 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       Base::clear(ahead);
       if (more) {
         fetch(Kind::spatial, i + 1);
-        copy_async_wait<1>();  // the reduce's, not the spatial's
-        __syncthreads();
-        reduce_steps(ahead, 0, steps / 2, first_late, last_late);
+        if (!kRing) {
+          copy_async_wait<1>();  // the reduce's, not the spatial's
+          __syncthreads();
+        }
+        reduce_steps(ahead, 0, half, first_late, last_late);
       }
       settle(Kind::spatial, i, epoch);
       activate(i, Kind::spatial, z2);
@@ -127,14 +144,14 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       keep<SP, SP>(i, Norm::project, z3, 0);
       if (more) {
         fetch(Kind::project, i + 1);
-        reduce_steps(ahead, steps / 2, steps, first_late, last_late);
+        reduce_steps(ahead, half, steps, first_late, last_late);
       }
       settle(Kind::project, i, epoch);
       write_back(i, z3, z1);
       // A warp reads the state of its own pixels only.
       __syncwarp();
       if (more) {
-        copy_async_wait<0>();
+        if (!kRing) copy_async_wait<0>();
         reduce_steps_of(ahead, first_late, last_late);
       }
     }
@@ -144,7 +161,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
 
  private:
   static GUNN_DEVICE int columns_of(Kind kind) {
-    return 8 * (kind == Kind::reduce ? KT + ST : kind == Kind::spatial ? KT : ST);
+    return 8 * (kind == Kind::reduce ? RT : kind == Kind::spatial ? KT : ST);
   }
   // Weights and, where they are given, scales and shifts.
   GUNN_DEVICE void fetch(Kind kind, int segment) const {
@@ -159,7 +176,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
         copy_async<16>(tables_.shift[turn][k] + column, chain_.tables.shift + from + column);
       }
     }
-    copy_async_commit();
+    if (!kRing) copy_async_commit();  // with a slot of the ring, where there is one
   }
   // Pre-activations into memory, where they are kept.
   template <int pieces, int of>
@@ -171,18 +188,32 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   }
 
   // Steps of channels in [from, to), but for those in [first_late, last_late].
-  GUNN_DEVICE void reduce_steps(Sums<KT + ST>& sums, int from, int to, int first_late, int last_late) const {
-    GUNN_ROLLED
-    for (int step = from; step < to; ++step) {
-      if (step < first_late || step > last_late) reduce_step(sums, step);
+  GUNN_DEVICE void reduce_steps(Sums<RT>& sums, int from, int to, int first_late, int last_late) {
+    if constexpr (kRing) {
+      reduce_slots(sums, from, to, [&](int step) { return step < first_late || step > last_late; });
+    } else {
+      GUNN_ROLLED
+      for (int step = from; step < to; ++step) {
+        if (step < first_late || step > last_late) reduce_step(sums, step);
+      }
     }
   }
-  GUNN_DEVICE void reduce_steps_of(Sums<KT + ST>& sums, int first, int last) const {
-    GUNN_ROLLED
-    for (int step = first; step <= last; ++step) reduce_step(sums, step);
+  GUNN_DEVICE void reduce_steps_of(Sums<RT>& sums, int first, int last) {
+    if constexpr (kRing) {
+      reduce_slots(sums, first / kSlotSteps * kSlotSteps, last + 1, [&](int step) { return step >= first; });
+    } else {
+      GUNN_ROLLED
+      for (int step = first; step <= last; ++step) reduce_step(sums, step);
+    }
+  }
+  template <class Wanted>
+  GUNN_DEVICE void reduce_slots(Sums<RT>& sums, int from, int to, const Wanted& wanted) {
+    this->each_step(from, to, [&](int step, const uint32_t (&a)[MT][4], const Storage* slot, int in_slot) {
+      if (wanted(step)) this->template multiply<RT, kSlotSteps / 2>(sums, a, slot, in_slot);
+    });
   }
   // Two fragments of pixels at a time: with all four of the largest block the registers would not do.
-  GUNN_DEVICE void reduce_step(Sums<KT + ST>& sums, int step) const {
+  GUNN_DEVICE void reduce_step(Sums<RT>& sums, int step) const {
     constexpr int kTogether = MT < 2 ? MT : 2;
     const int rows = chain_.extents.reduce_columns(0);
     GUNN_UNROLL
@@ -191,15 +222,15 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       GUNN_UNROLL
       for (int j = 0; j < kTogether; ++j) load_pixels(a[j], first + j, step);
       GUNN_UNROLL
-      for (int n = 0; n < KT + ST; n += 2) {
+      for (int n = 0; n < RT; n += 2) {
         if (8 * n >= rows) break;
         uint32_t b[4];
         this->load_weights(b, this->weights(Kind::reduce), rows, n, step);
         GUNN_UNROLL
         for (int j = 0; j < kTogether; ++j) {
           Precision::multiply(sums[first + j][n], a[j], {b[0], b[1]});
-          if (n + 1 >= KT + ST) continue;
-          Precision::multiply(sums[first + j][n + 1 < KT + ST ? n + 1 : n], a[j], {b[2], b[3]});
+          if (n + 1 >= RT) continue;
+          Precision::multiply(sums[first + j][n + 1 < RT ? n + 1 : n], a[j], {b[2], b[3]});
         }
       }
     }
@@ -222,21 +253,19 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   GUNN_DEVICE void activate_hidden(int segment) const {
     this->each_row([&](int, int, int m) {
       if (m >= count_) return;
+      uint32_t* bits = this->hidden_bits(m);
       GUNN_UNROLL
-      for (int p = 0; p < KP; ++p) {
-        uint32_t& bits = this->hidden_bits(m, p);
-        bits = activated(segment, Kind::reduce, this->column(p), bits);
-      }
+      for (int p = 0; p < KP; ++p) bits[4 * p] = activated(segment, Kind::reduce, this->column(p), bits[4 * p]);
     });
   }
   template <int pieces>
   GUNN_DEVICE void activate(int segment, Kind kind, Packed<pieces>& values) const {
-    this->each_row([&](int mt, int half, int) {
-      GUNN_UNROLL
-      for (int p = 0; p < pieces; ++p) {
-        values[mt][p][half] = activated(segment, kind, this->column(p), values[mt][p][half]);
-      }
-    });
+    GUNN_UNROLL
+    for (int p = 0; p < pieces; ++p) {
+      const int column = this->pinned(this->column(p));
+      this->each_row(
+          [&](int mt, int half, int) { values[mt][p][half] = activated(segment, kind, column, values[mt][p][half]); });
+    }
   }
   GUNN_DEVICE float normed(int segment, Kind kind, int column, float value) const {
     const int k = static_cast<int>(kind);
@@ -245,7 +274,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   // A register as an operand of the next product.
   GUNN_DEVICE uint32_t activated(int segment, Kind kind, int column, uint32_t bits) const {
     return Bits::operand(
-        Bits::pack([&](int v) { return relu(normed(segment, kind, column + v, Bits::value(bits, v))); }));
+        Base::pack([&](int v) { return relu(normed(segment, kind, column + v, Bits::value(bits, v))); }));
   }
 
   // The block's mean and squared deviations of every column, sent to the clerks.
@@ -254,26 +283,31 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     constexpr int tiles = pieces / Bits::kOfTile;
     if (!chain_.exchanges) return __syncthreads();
     // The lane's two columns of a tile.
-    const auto value = [&](int mt, int n, int half, int which) {
-      return Bits::value(z[mt][Bits::piece_of(n, which)][half], which % kEach);
+    const auto each_value = [&](int n, const auto& visit) {
+      this->each_row([&](int mt, int half, int m) {
+        if (m >= count_) return;
+        GUNN_UNROLL
+        for (int p = 0; p < Bits::kOfTile; ++p) {
+          const uint32_t bits = this->pinned(z[mt][n * Bits::kOfTile + p][half]);
+          GUNN_UNROLL
+          for (int v = 0; v < kEach; ++v) visit(kEach * p + v, Bits::value(bits, v));
+        }
+      });
     };
     const int in_warp = max(0, min(count_ - this->first_row(0), 16 * MT));
     GUNN_UNROLL
     for (int n = 0; n < tiles; ++n) {
       float sum[2] = {};
-      this->each_row([&](int mt, int half, int m) {
-        if (m < count_) sum[0] += value(mt, n, half, 0), sum[1] += value(mt, n, half, 1);
-      });
+      each_value(n, [&](int which, float value) { sum[which] += value; });
       // The lane's column is one of two, its mean and the other's.
       const float mine = in_warp > 0 ? Base::over_rows(sum) / static_cast<float>(in_warp) : 0;
       const float other = __shfl_xor_sync(~0u, mine, 4);
       const int odd = lane_ / 4 % 2;
       const float mean[2] = {odd ? other : mine, odd ? mine : other};
       float squares[2] = {};
-      this->each_row([&](int mt, int half, int m) {
-        if (m >= count_) return;
-        const float apart[2] = {value(mt, n, half, 0) - mean[0], value(mt, n, half, 1) - mean[1]};
-        squares[0] += apart[0] * apart[0], squares[1] += apart[1] * apart[1];
+      each_value(n, [&](int which, float value) {
+        const float apart = value - mean[which];
+        squares[which] += apart * apart;
       });
       const float all = Base::over_rows(squares);
       if (lane_ >= 8) continue;
@@ -284,7 +318,8 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     const int mine = threadIdx.x;
     if (mine < 8 * tiles && place_of(chain_.extents, kind, Kind::reduce, mine).row >= 0) {
       float mean = 0, squares = 0;
-      const auto values = [&](int warp) { return static_cast<float>(max(0, min(count_ - warp * 16 * MT, 16 * MT))); };
+      const int count = this->pinned(count_);
+      const auto values = [&](int warp) { return static_cast<float>(max(0, min(count - warp * 16 * MT, 16 * MT))); };
       for (int warp = 0; warp < WARPS; ++warp) mean += values(warp) * tables_.a[warp][mine];
       mean /= static_cast<float>(count_);
       for (int warp = 0; warp < WARPS; ++warp) {
@@ -307,7 +342,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     __syncthreads();
   }
 
-  GUNN_DEVICE void write_back(int segment, const Packed<SP>& z3, const Packed<KP + SP>& z1) const {
+  GUNN_DEVICE void write_back(int segment, const Packed<SP>& z3, const Packed<RP>& z1) const {
     const Extents& extents = chain_.extents;
     const int s = extents.segment;
     this->each_row([&](int mt, int half, int m) {
@@ -316,7 +351,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       for (int p = 0; p < SP; ++p) {
         const int channel = this->column(p), in_state = segment * s + channel;
         if (channel >= s) continue;
-        const uint32_t own = z3[mt][p][half], shortcut = z1[mt][KP + p][half];
+        const uint32_t own = z3[mt][p][half], shortcut = z1[mt][RP > KP ? KP + p : 0][half];
         const bool all = this->even_segments();
         uint32_t before = 0;
         if (all && extents.residual) before = this->bits_at(m, in_state);
@@ -326,7 +361,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
           out[v] = updated(segment, channel + v, Bits::value(own, v), Bits::value(shortcut, v), Bits::value(before, v));
         }
         if (all) {
-          this->bits_at(m, in_state) = Bits::pack([&](int v) { return out[v]; });
+          this->bits_at(m, in_state) = Base::pack([&](int v) { return out[v]; });
           continue;
         }
         // Odd segments: a channel at a time, the state added here.
@@ -342,12 +377,12 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   // A channel's output, rounded, on top of the state.
   GUNN_DEVICE float updated(int segment, int channel, float own, float shortcut, float before) const {
     float out = normed(segment, Kind::project, channel, own);
-    if (chain_.extents.shortcut) out += normed(segment, Kind::reduce, 8 * KT + channel, shortcut);
+    if (this->has_shortcut()) out += normed(segment, Kind::reduce, 8 * KT + channel, shortcut);
     return to_float(from_float<Storage>(out)) + before;
   }
 
   const ForwardChain<Precision>& chain_;
-  ForwardTables<WARPS, MT>& tables_;
+  Tables& tables_;
 };
 
 // A clerk's warp: its columns of every exchange, in order.

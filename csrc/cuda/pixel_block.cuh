@@ -15,6 +15,12 @@
 //            hidden activations (or their gradients) with a border, in their last form as operands. Values of 2 bytes,
 //            of 4 for TF32. Channels that find no room are streamed from a copy of the block's own in global memory,
 //            which L2 holds.
+// Ring:      a segment's weights that are too many for that (k 80: 122 kB and 160 bytes a channel) come from L2 through
+//            three slots of 64 of depth (10 kB; transposed, 64 channels: 12 kB), in the order in which they are
+//            multiplied, across products and segments: so two slots are on their way while one is multiplied, and
+//            during waits. The project's, which are few, lie ready. A barrier a slot; as it is also one behind whatever
+//            the slots before were read for, copies of tables and of the project's weights travel with slots. In 16
+//            bits only.
 //
 // One unit, k and s of one template: KT and ST tiles of 8 channels. How lanes hold values: registers.cuh.
 #pragma once
@@ -27,8 +33,14 @@
 namespace gunn {
 
 enum class Kind { reduce, spatial, project };
-constexpr int kKinds = 3, kMostColumns = 64;
+constexpr int kKinds = 3;
 constexpr int kMostBlocks = 256;  // of an exchange: as many words as a clerk's lanes take at once
+
+// Slots of the ring, and the steps of 16 (of depth, or of channels that are made) that one serves.
+constexpr int kSlots = 3, kSlotSteps = 4;
+// Whether one segment's weights are too many to lie in shared memory: all but the project's come through the ring
+// then. Such layers, the ImageNet models', have no shortcut, and segments of an even number of channels.
+constexpr bool through_ring(int k_tiles) { return 2 * 9 * 64 * k_tiles * k_tiles > 64 << 10; }
 
 // The batch norm behind a kind's convolution.
 GUNN_DEVICE Norm norm_of(Kind kind) {
@@ -73,11 +85,12 @@ struct Chain {
 // Where things lie in shared memory, in values; the same function for host and device.
 template <class Precision>
 struct ChainLayout {
-  int map_stride, hidden_stride;
-  int weights[kKinds], hidden, tables;  // begins
+  int map_stride, hidden_stride, slot;        // elements of a pixel, of a slot of the ring
+  int weights[kKinds], ring, hidden, tables;  // begins
   int bytes;
 
-  __host__ GUNN_DEVICE ChainLayout(const Extents& extents, int pixels, int band_rows, int resident, bool transposed) {
+  __host__ GUNN_DEVICE ChainLayout(const Extents& extents, int pixels, int band_rows, int resident, bool transposed,
+                                   bool rings) {
     // Strides are odd multiples of 16 bytes: eight rows of one matrix lie in different banks.
     constexpr int kPiece = Registers<Precision>::kPiece;
     map_stride = (resident / kPiece | 1) * kPiece;
@@ -85,9 +98,13 @@ struct ChainLayout {
     int next = pixels * map_stride;
     for (int kind = 0; kind < kKinds; ++kind) {
       weights[kind] = next;
+      if (rings && static_cast<Kind>(kind) != Kind::project) continue;
       next += static_cast<int>(
           pack_shape(extents, pack_of(static_cast<Kind>(kind), transposed), 0).template size<Precision>());
     }
+    ring = next;
+    slot = 16 * kSlotSteps * (transposed ? (extents.k() + 31) / 32 * 32 : extents.k());
+    if (rings) next += kSlots * slot;
     hidden = next;
     next += (band_rows + 2) * (extents.width + 2) * hidden_stride;
     tables = (next + kPiece - 1) / kPiece * kPiece;
@@ -97,9 +114,10 @@ struct ChainLayout {
 
 // Behind the layout's elements: two numbers of each warp and column, before they are combined; and where the hidden
 // activations of each pixel lie.
-template <int warps, int fragments>
+template <int KT, int ST, int warps, int fragments>
 struct BlockTables {
-  float a[warps][kMostColumns], b[warps][kMostColumns];
+  static constexpr int kColumns = KT > 8 ? 8 * KT : 64;  // of an exchange, at most
+  float a[warps][kColumns], b[warps][kColumns];
   int hidden_at[16 * warps * fragments];
 };
 
@@ -156,17 +174,20 @@ class PixelBlock {
   using Bits = Registers<Precision>;
   static constexpr int kThreadCount = 32 * WARPS, kPixels = 16 * WARPS * MT;
   static constexpr int kPiece = Bits::kPiece, kEach = Bits::kEach, kStep = Bits::kStep;
-  static constexpr int KP = KT * Bits::kOfTile, SP = ST * Bits::kOfTile;  // pieces of 16 bytes
+  static constexpr bool kRing = through_ring(KT);
+  static_assert(!kRing || kEach == 2, "the ring's slots have values of 16 bits");
+  static constexpr int RT = KT + (kRing ? 0 : ST);  // the reduce's tiles, the shortcut's behind its own
+  static constexpr int KP = KT * Bits::kOfTile, SP = ST * Bits::kOfTile, RP = RT * Bits::kOfTile;  // pieces of 16 bytes
   template <int tiles>
   using Sums = float[MT][tiles][4];
   template <int pieces>
   using Packed = uint32_t[MT][pieces][2];  // rounded: rows g and g + 8, the lane's register of each piece
 
-  using Tables = BlockTables<WARPS, MT>;
+  using Tables = BlockTables<KT, ST, WARPS, MT>;
 
   GUNN_DEVICE PixelBlock(const Chain<Precision>& chain, Storage* shared)
       : base_(chain),
-        layout_(chain.extents, kPixels, chain.band_rows, chain.resident, transposed),
+        layout_(chain.extents, kPixels, chain.band_rows, chain.resident, transposed, kRing),
         shared_(shared),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
@@ -190,19 +211,119 @@ class PixelBlock {
   GUNN_DEVICE PackShape shape_of(Kind kind) const { return pack_shape(base_.extents, pack_of(kind, transposed), 0); }
   static GUNN_DEVICE int piece(int row, int piece) { return (row * 4 + (piece ^ (row >> 1 & 3))) * kPiece; }
 
+  // But for those that the ring brings.
   GUNN_DEVICE void fetch(Kind kind, int segment) const {
+    if (kRing && kind != Kind::project) return;
     const PackShape shape = shape_of(kind);
     const int pieces = static_cast<int>(shape.size<Precision>() / kPiece);
     const Storage* from = base_.packed[static_cast<int>(kind)] + segment * shape.size<Precision>();
     Storage* to = weights(kind);
-    for (int at = threadIdx.x; at < pieces; at += kThreadCount) {
+    for (int at = pinned(static_cast<int>(threadIdx.x)); at < pieces; at += kThreadCount) {
       copy_async<16>(to + piece(at / 4, at % 4), from + at * kPiece);
     }
   }
-  // Fragments of two neighbouring tiles of 8 columns, at a step of depth; `rows` in a chunk.
+  // Fragments of two neighbouring tiles of 8 columns, at a step of depth; `rows` in a chunk. Where there is no second
+  // tile, its are the first one's last row.
   GUNN_DEVICE void load_weights(uint32_t (&b)[4], const Storage* from, int rows, int tile, int step) const {
-    const int matrix = lane_ / 8, row = min(8 * (tile + matrix / 2) + Bits::source(lane_ % 8), rows - 1);
-    load_matrices<false>(b, from + step / 2 * rows * 4 * kPiece + piece(row, step % 2 * 2 + matrix % 2));
+    load_weights(b, from, rows, tile, step, lane_);
+  }
+  static GUNN_DEVICE void load_weights(uint32_t (&b)[4], const Storage* from, int rows, int tile, int step, int lane) {
+    const int matrix = lane / 8, both = matrix / 2 * 8 + Bits::source(lane % 8);
+    const int row = 8 * tile + 8 < rows ? both : min(both, 7);
+    from += (step / 2 * rows + 8 * tile) * 4 * kPiece;
+    load_matrices<false>(b, from + piece(row, step % 2 * 2 + matrix % 2));
+  }
+  // The same of all rows of a product, packed in tiles of 64: of each, `chunks` lie together.
+  template <int tiles, int chunks>
+  static GUNN_DEVICE void load_tiles(uint32_t (&b)[4], const Storage* from, int tile, int step, int lane) {
+    const int first = tile / 8 * 8;
+    from += 8 * first * chunks * 4 * kPiece;
+    load_weights(b, from, min(8 * (tiles - first), kColumns), tile - first, step, lane);
+  }
+  template <int tiles, int chunks>
+  GUNN_DEVICE void multiply(Sums<tiles>& sums, const uint32_t (&a)[MT][4], const Storage* from, int step) const {
+    const int lane = pinned(lane_);
+    GUNN_UNROLL
+    for (int n = 0; n < tiles; n += 2) {
+      uint32_t b[4];
+      load_tiles<tiles, chunks>(b, from, n, step, lane);
+      GUNN_UNROLL
+      for (int mt = 0; mt < MT; ++mt) {
+        Precision::multiply(sums[mt][n], a[mt], {b[0], b[1]});
+        if (n + 1 < tiles) Precision::multiply(sums[mt][n + 1 < tiles ? n + 1 : n], a[mt], {b[2], b[3]});
+      }
+    }
+  }
+
+  // ---- The ring: weights in the order in which they are multiplied, slot by slot, some slots ahead
+  //
+  // Forward, of each segment: reduce, once more where the segment before has written, spatial. Backward, last to first:
+  // spatial, of the reduce where the segment before will read, then all of it.
+
+  struct Steps {
+    int first, last;
+    GUNN_DEVICE int slots() const { return last < first ? 0 : last / kSlotSteps - first / kSlotSteps + 1; }
+  };
+  GUNN_DEVICE Steps all_steps() const { return {0, (base_.extents.channels + kStep - 1) / kStep - 1}; }
+  // Those that have channels of the segment before; none of the first one's.
+  GUNN_DEVICE Steps late_steps(int segment) const {
+    const int s = base_.extents.segment;
+    if (segment == (transposed ? base_.first_segment : 0)) return {0, -1};
+    return {(segment - 1) * s / kStep, (segment * s - 1) / kStep};
+  }
+
+  // `whole`: the backward wants the reduce of its first segment.
+  GUNN_DEVICE void start_ring(bool whole) {
+    next_segment_ = transposed ? base_.last_segment : base_.first_segment, whole_ = whole;
+    GUNN_ROLLED
+    for (int place = 0; place < kSlots - 1; ++place) fetch_slot(place);
+  }
+  GUNN_DEVICE const Storage* next_slot() {
+    copy_async_wait<kSlots - 2>();
+    __syncthreads();  // it has come, and the one before has been read
+    fetch_slot(turn_ == 0 ? kSlots - 1 : turn_ - 1);
+    const Storage* slot = shared_ + layout_.ring + turn_ * layout_.slot;
+    turn_ = turn_ == kSlots - 1 ? 0 : turn_ + 1;
+    return slot;
+  }
+  GUNN_DEVICE void fetch_slot(int place) {
+    const Steps late = late_steps(next_segment_);
+    const int all = all_steps().slots(), in_order = next_slot_ - (transposed ? kSpatialSlots : all);
+    const bool spatial = transposed ? in_order < 0 : in_order >= late.slots();
+    const bool wanted = transposed ? next_segment_ > base_.first_segment ||
+                                         (next_segment_ == base_.first_segment && (spatial || whole_))
+                                   : next_segment_ <= base_.last_segment;
+    if (wanted) {
+      const int slot = in_order < 0              ? next_slot_
+                       : in_order < late.slots() ? late.first / kSlotSteps + in_order
+                                                 : in_order - late.slots();
+      copy_slot(shared_ + layout_.ring + place * layout_.slot, spatial ? Kind::spatial : Kind::reduce, slot);
+    }
+    copy_async_commit();
+    if (++next_slot_ < all + late.slots() + kSpatialSlots) return;
+    next_slot_ = 0, next_segment_ += transposed ? -1 : 1;
+  }
+  // Two chunks of depth of all rows, packed in tiles of 64; of the transposed reduce, whose rows are channels, all
+  // chunks of one tile.
+  GUNN_DEVICE void copy_slot(Storage* to, Kind kind, int slot) const {
+    constexpr int kSlotChunks = kSlotSteps / 2, kTile = kSlotChunks * kColumns * 4;  // pieces of the first tile
+    const bool by_tile = transposed && kind == Kind::reduce;
+    const PackShape shape = shape_of(kind);
+    const auto tile = [&](int row) {
+      return PackedTile<Precision>(shape, base_.packed[static_cast<int>(kind)], next_segment_, row);
+    };
+    const PackedTile<Precision> first = tile(by_tile ? slot * kColumns : 0), second = tile(kColumns);
+    const int chunk = by_tile ? 0 : slot * kSlotChunks, left = shape.chunks<Precision>() - chunk;
+    const int chunks = by_tile ? left : min(left, kSlotChunks), pieces = chunks * first.rows * 4;
+    const int all = by_tile ? pieces : kTile + chunks * (8 * KT - kColumns) * 4;
+    const Storage* from = first.data + chunk * first.chunk_size;
+    const Storage* behind = second.data + chunk * second.chunk_size - kTile * kPiece;
+    GUNN_ROLLED
+    for (int at = threadIdx.x; at < all; at += kThreadCount) {
+      const bool in_first = by_tile || at < kTile;
+      if (in_first && at >= pieces) continue;
+      copy_async<16>(to + piece(at / 4, at % 4), (in_first ? from : behind) + at * kPiece);
+    }
   }
 
   // ---- The map: the state, or its gradient
@@ -215,8 +336,49 @@ class PixelBlock {
   }
   // A register of channels at once, where they have one for themselves.
   GUNN_DEVICE uint32_t& bits_at(int m, int channel) const { return *reinterpret_cast<uint32_t*>(at(m, channel)); }
+  // A step's registers of the lane's pixels, as operands and sums have them: calls visit(fragment, number, register)
+  // with that of piece number / 2 of row g + 8 * (number % 2).
+  template <class Visit>
+  GUNN_DEVICE void each_register(int step, const Visit& visit) const {
+    const auto each = [&](Storage* first, int row, int piece) {
+      GUNN_UNROLL
+      for (int mt = 0; mt < MT; ++mt) {
+        GUNN_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          visit(mt, r, reinterpret_cast<uint32_t*>(first + (16 * mt + r % 2 * 8) * row + r / 2 * piece));
+        }
+      }
+    };
+    const int m = first_row(0) + lane_ / 4, behind = kStep * step - base_.resident;
+    if (behind < 0) {
+      each(shared_ + m * layout_.map_stride + kStep * step + column(0), layout_.map_stride, kPiece);
+    } else {
+      each(streamed_ + behind * kPixels + kPiece * m + column(0), kPiece, kPiece * kPixels);
+    }
+  }
+  // Steps [from, to) of channels through the ring: calls work(step, its registers, slot, step of the slot). Registers,
+  // which may come from L2, are on their way a slot before they are needed.
+  template <class Work>
+  GUNN_DEVICE void each_step(int from, int to, const Work& work) {
+    uint32_t bits[kSlotSteps][MT][4] = {};
+    const auto load = [&](int j, int step) {
+      if (step < to) each_register(step, [&](int mt, int r, const uint32_t* from) { bits[j][mt][r] = *from; });
+    };
+    GUNN_UNROLL
+    for (int j = 0; j < kSlotSteps; ++j) load(j, from + j);
+    GUNN_ROLLED
+    for (int first = from; first < to; first += kSlotSteps) {
+      const Storage* slot = next_slot();
+      GUNN_UNROLL
+      for (int j = 0; j < kSlotSteps; ++j) {
+        if (first + j < to) work(first + j, bits[j], slot, j);
+        load(j, first + j + kSlotSteps);
+      }
+    }
+  }
+  GUNN_DEVICE bool has_shortcut() const { return !kRing && base_.extents.shortcut; }
   // Whether segments begin and end between registers.
-  GUNN_DEVICE bool even_segments() const { return base_.extents.segment % kEach == 0; }
+  GUNN_DEVICE bool even_segments() const { return kRing || base_.extents.segment % kEach == 0; }
   // Pixel m of the block, from the beginning of its image.
   template <class Scalar>
   GUNN_DEVICE Scalar* pixel_of(const FeatureMap<Scalar>& map, int m) const {
@@ -289,16 +451,17 @@ class PixelBlock {
       for (int half = 0; half < 2; ++half) visit(mt, half, fresh(first_row(mt)) + 8 * half + lane_ / 4);
     }
   }
-  // The lane's register of a pixel's piece.
-  GUNN_DEVICE uint32_t& hidden_bits(int m, int p) const {
-    return *reinterpret_cast<uint32_t*>(shared_ + tables_.hidden_at[m] + column(0) + kPiece * p);
+  // The lane's register of a pixel's first piece; of the others every fourth behind it.
+  GUNN_DEVICE uint32_t* hidden_bits(int m) const {
+    return reinterpret_cast<uint32_t*>(shared_ + tables_.hidden_at[m] + column(0));
   }
   template <int pieces>
   GUNN_DEVICE void store_hidden(const Packed<pieces>& values) const {
     each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
+      uint32_t* to = hidden_bits(m);
       GUNN_UNROLL
-      for (int p = 0; p < KP; ++p) hidden_bits(m, p) = values[mt][p][half];
+      for (int p = 0; p < KP; ++p) to[4 * p] = values[mt][p][half];
     });
   }
   // The first and last row of the band, raw, for the bands beside it.
@@ -347,26 +510,34 @@ class PixelBlock {
     }
   }
   // The 3x3 convolution; transposed, with the opposite offsets.
-  GUNN_DEVICE void spatial_steps(Sums<KT>& sums) const {
+  GUNN_DEVICE void spatial_steps(Sums<KT>& sums) {
     constexpr int kPieces = 9 * KP, kDirection = transposed ? -1 : 1;  // of all taps
     const int row = (base_.extents.width + 2) * layout_.hidden_stride, matrix = lane_ / 8;
-    GUNN_ROLLED
-    for (int step = 0; step < (kPieces + 1) / 2; ++step) {
+    const auto load = [&](uint32_t (&a)[MT][4], int step) {
       const int piece = min(2 * step + matrix / 2, kPieces - 1), tap = piece / KP;
       const int offset =
           kDirection * ((tap / 3 - 1) * row + (tap % 3 - 1) * layout_.hidden_stride) + piece % KP * kPiece;
-      uint32_t a[MT][4];
       GUNN_UNROLL
       for (int mt = 0; mt < MT; ++mt) load_matrices<false>(a[mt], shared_ + pixel_[mt] + offset);
-      GUNN_UNROLL
-      for (int n = 0; n < KT; n += 2) {
-        uint32_t b[4];
-        load_weights(b, weights(Kind::spatial), 8 * KT, n, step);
+    };
+    if constexpr (kRing) {
+      GUNN_ROLLED
+      for (int slot = 0; slot < kSpatialSlots; ++slot) {
+        const Storage* from = next_slot();
         GUNN_UNROLL
-        for (int mt = 0; mt < MT; ++mt) {
-          Precision::multiply(sums[mt][n], a[mt], {b[0], b[1]});
-          if (n + 1 < KT) Precision::multiply(sums[mt][n + 1 < KT ? n + 1 : n], a[mt], {b[2], b[3]});
+        for (int j = 0; j < kSlotSteps; ++j) {
+          if (kSlotSteps * slot + j >= kSpatialSteps) break;
+          uint32_t a[MT][4];
+          load(a, kSlotSteps * slot + j);
+          multiply<KT, kSlotSteps / 2>(sums, a, from, j);
         }
+      }
+    } else {
+      GUNN_ROLLED
+      for (int step = 0; step < kSpatialSteps; ++step) {
+        uint32_t a[MT][4];
+        load(a, step);
+        multiply<KT, (kSpatialSteps + 1) / 2>(sums, a, weights(Kind::spatial), step);
       }
     }
   }
@@ -375,10 +546,11 @@ class PixelBlock {
   GUNN_DEVICE void project_steps(const Packed<in>& values, Sums<out>& sums) const {
     GUNN_UNROLL
     for (int step = 0; step < (in + 1) / 2; ++step) {
+      const int lane = pinned(lane_);
       GUNN_UNROLL
       for (int n = 0; n < out; n += 2) {
         uint32_t b[4];
-        load_weights(b, weights(Kind::project), 8 * out, n, step);
+        load_tiles<out, (in + 3) / 4>(b, weights(Kind::project), n, step, lane);
         GUNN_UNROLL
         for (int mt = 0; mt < MT; ++mt) {
           uint32_t a[4];
@@ -404,6 +576,15 @@ class PixelBlock {
   static GUNN_DEVICE float sum_of(const float (&sums)[4], int piece, int half, int v) {
     return sums[2 * half + piece % Bits::kOfTile * kEach + v];
   }
+  // fresh, in the largest ring block: what all tiles need at once, or registers taken apart, would not fit otherwise.
+  template <class T>
+  static GUNN_DEVICE T pinned(T value) {
+    return kRing && MT > 1 ? fresh(value) : value;
+  }
+  template <class ValueOf>
+  static GUNN_DEVICE uint32_t pack(const ValueOf& value_of) {
+    return pinned(Bits::pack(value_of));
+  }
   template <int tiles, int pieces>
   static GUNN_DEVICE void round(const Sums<tiles>& sums, Packed<pieces>& z) {
     GUNN_UNROLL
@@ -412,7 +593,7 @@ class PixelBlock {
       for (int p = 0; p < pieces; ++p) {
         GUNN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          z[mt][p][half] = Bits::pack([&](int v) { return sum_of(sums[mt][p / Bits::kOfTile], p, half, v); });
+          z[mt][p][half] = pack([&](int v) { return sum_of(sums[mt][p / Bits::kOfTile], p, half, v); });
         }
       }
     }
@@ -475,6 +656,12 @@ class PixelBlock {
   Storage* streamed_;
   Tables& tables_;
   int pixel_[MT];
+
+ private:
+  static constexpr int kSpatialSteps = (9 * KP + 1) / 2;
+  static constexpr int kSpatialSlots = (kSpatialSteps + kSlotSteps - 1) / kSlotSteps;
+  int turn_ = 0, next_slot_ = 0, next_segment_ = 0;  // of the ring: the slot to multiply, what to fetch
+  bool whole_ = true;
 };
 
 }  // namespace gunn

@@ -16,7 +16,8 @@ struct Registers {
   static constexpr int kEach = 4 / static_cast<int>(sizeof(Storage));  // values of a register
   static constexpr int kPiece = 4 * kEach;                             // of a piece
   static constexpr int kStep = 2 * kPiece;
-  static constexpr int kOfTile = 8 / kPiece;  // pieces
+  static constexpr int kOfTile = 8 / kPiece;              // pieces
+  static constexpr int kApart = kEach == 2 ? 1 : kPiece;  // a lane's columns of a tile
 
   // The column whose product is column i of a tile.
   static GUNN_DEVICE int source(int i) { return kEach == 2 ? i : i / 2 + 4 * (i % 2); }

@@ -316,15 +316,23 @@ def staged(sizes: LayerSizes, batch: int, dtype: str, limits: DeviceLimits, *, r
 # --- Persistent -----------------------------------------------------------------------------------------------------
 
 
+def _warp_pixels(share: float, k: int) -> int:
+    """Pixels of a warp, whose block has ``share`` pixels or somewhat more: as the driver's templates have it."""
+    if share <= 128:
+        return 16
+    return 32 if share <= 256 or k > 24 else 64
+
+
 def persistent(
     sizes: LayerSizes, batch: int, dtype: str, limits: DeviceLimits, *, recompute: bool = True, on_chip: float = 0.6
 ) -> Prediction:
     """One launch for the whole layer, the state on the chip; three exchanges of statistics for a segment and unit.
 
-    Weights, and the share of the state that finds no room on the chip, stream from the cache under the products, as
-    operands from shared memory do: of compute, cache and shared only the largest counts. The state is read and written
-    once. Evaluation exchanges nothing. The backward takes blocks of segments: it recomputes them, runs their chain of
-    gradients, which exchanges as often as the forward, and takes the gradients of their weights.
+    Weights, for every block, and the share of the state that finds no room on the chip, stream from the cache under
+    the products, as operands from shared memory do, where each warp reads all weights for its own pixels: of
+    compute, cache and shared only the largest counts. The state is read and written once. Evaluation exchanges
+    nothing. The backward takes blocks of segments: it recomputes them, runs their chain of gradients, which
+    exchanges as often as the forward, and takes the gradients of their weights.
 
     Whether the driver takes a layer is not asked here: this is what it would cost.
 
@@ -344,7 +352,8 @@ def persistent(
     tiles = math.ceil(pixels / _TILE) * _columns(sizes.units_in_order()[0][1])
     idle = math.ceil(tiles / limits.processors) * limits.processors / tiles
     weights = sum(n * made + 9 * k * k + k * s for n, made in sizes.units_in_order()) * segments * item
-    operands = sum(n + 9 * k for n, _ in sizes.units_in_order()) * pixels * segments * item
+    operands = pixels * weights / _warp_pixels(pixels / limits.processors, k)
+    operands += sum(n + 9 * k for n, _ in sizes.units_in_order()) * pixels * segments * item
     in_cache = state <= limits.cache_bytes
 
     def products(flops: float, cache_bytes: float, shared_bytes: float) -> Parts:

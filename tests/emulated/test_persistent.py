@@ -21,6 +21,7 @@ WIDE = Case(36, 3, batch=2, height=8, width=8)  # k 24, s 12: blocks of 64 pixel
 NARROW = Case(9, 9, batch=3, height=6, width=6)  # k 2, s 1
 BANDS = Case(36, 3, batch=2, height=16, width=16)  # four bands of 4 rows
 UNEVEN = Case(24, 2, batch=1, height=33, width=17)  # eleven bands of 3 rows: 51 of 64 pixels
+RING = Case(120, 3, shortcut=False, batch=2, height=8, width=8)  # k 80, s 40: weights come through a ring
 CASES = [
     WIDE,
     NARROW,
@@ -31,9 +32,24 @@ CASES = [
     Case(12, 2, expansion=1, batch=3, height=5, width=7),
     Case(10, 2, expansion=1, shortcut=False, batch=1, height=1, width=43),
     Case(48, 4, batch=2, height=9, width=8),  # two bands, of 5 rows and of 4
+    RING,
+    replace(RING, batch=1, height=11, width=14),  # three bands of 4, 4 and 3 rows
+    Case(38, 1, shortcut=False, batch=1, height=1, width=43),
+    Case(114, 3, shortcut=False, residual=False, batch=2, height=5, width=7),  # k 76, s 38
+    Case(400, 10, shortcut=False, batch=1, height=5, width=5),
 ]
-ON_TENSOR_CORES = ["bfloat16", "float16", "tf32"]
+IN_16_BITS = ["bfloat16", "float16"]
+ON_TENSOR_CORES = [*IN_16_BITS, "tf32"]
 OF_EACH_SIZE = ["bfloat16", "tf32"]
+
+
+def taken(cases, precisions):
+    """Each case in each precision, but for TF32 where weights come through a ring, in 16 bits only."""
+
+    def rings(case):
+        return case.channels // case.segments * case.expansion > 64
+
+    return [(case, precision) for case in cases for precision in precisions if precision != "tf32" or not rings(case)]
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +95,8 @@ def processors(monkeypatch, count):
     monkeypatch.setenv("GUNN_EMULATOR_PROCESSORS", str(count))
 
 
-@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "precision"), taken(CASES, ON_TENSOR_CORES), ids=str)
 def test_values_and_gradients(driver, case, mode, precision):
     case = replace(case, mode=mode)
     assert driver(case, precision) == "persistent"
@@ -98,23 +113,31 @@ def test_exact_on_small_integers(driver, case, precision, limit, recompute):
         laws.small_integers_are_exact(laws.small_integers(case, limit), dtype, recompute)
 
 
-@pytest.mark.parametrize("precision", OF_EACH_SIZE)
-@pytest.mark.parametrize("count", [3, 5, 9])
+@pytest.mark.parametrize(("case", "precision"), taken([BANDS, RING], OF_EACH_SIZE), ids=str)
+@pytest.mark.parametrize("count", [2, 3, 5, 9])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_the_block_grows_where_processors_are_few(monkeypatch, driver, mode, count, precision):
-    """One image of 256 pixels in blocks of 256, 64 or 32 pixels' worth of rows."""
+def test_the_block_grows_where_processors_are_few(monkeypatch, driver, case, mode, count, precision):
+    """One image of 256 pixels in blocks of 256, 128 or 64 pixels' worth of rows."""
     processors(monkeypatch, count)
-    case = replace(BANDS, batch=1, mode=mode)
+    case = replace(case, batch=1, height=16, width=16, mode=mode)
     assert driver(case, precision) == "persistent"
     laws.rule_holds(sample_for(precision, case, 0), precision)
 
 
-@pytest.mark.parametrize("precision", OF_EACH_SIZE)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_channels_that_find_no_room_are_streamed(monkeypatch, driver, mode, precision):
-    """The 32x32 layer of GUNN-15 on two blocks and a clerk."""
-    processors(monkeypatch, 3)
-    case = Case(240, 20, batch=1, height=32, width=32, mode=mode)
+@pytest.mark.parametrize(
+    ("case", "count", "precision"),
+    [
+        (Case(240, 20, batch=1, height=32, width=32), 3, "bfloat16"),
+        (Case(240, 20, batch=1, height=32, width=32), 3, "tf32"),
+        (Case(2000, 50, shortcut=False, batch=1, height=7, width=7), 2, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_channels_that_find_no_room_are_streamed(monkeypatch, driver, case, count, mode, precision):
+    """The 32x32 layer of GUNN-15 on two blocks and a clerk; the 7x7 layer of GUNN-18."""
+    processors(monkeypatch, count)
+    case = replace(case, mode=mode)
     assert driver(case, precision) == ("persistent, staged" if precision == "tf32" else "persistent")
     dtype, fast = PRECISIONS[precision]
     values = sample_for(precision, case, 0)
@@ -137,9 +160,21 @@ def test_gradients_of_channels_that_are_streamed(monkeypatch, driver, mode, shar
     laws.rule_holds(sample_for("tf32", case, 0), "tf32")
 
 
-@pytest.mark.parametrize("precision", OF_EACH_SIZE)
+@pytest.mark.parametrize("precision", IN_16_BITS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("case", [WIDE, BANDS, replace(NARROW, batch=2)], ids=str)
+@pytest.mark.parametrize("shared", [90, 80, 74])
+def test_beside_a_ring_any_number_of_channels_is_streamed(monkeypatch, driver, shared, mode, precision):
+    """The backward has room for all of them, for some and for none."""
+    monkeypatch.setenv("GUNN_EMULATOR_SHARED_KB", str(shared))
+    case = replace(RING, mode=mode)
+    assert driver(case, precision) == "persistent"
+    laws.rule_holds(sample_for(precision, case, 0), precision)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("case", "precision"), taken([WIDE, BANDS, replace(NARROW, batch=2), RING], OF_EACH_SIZE), ids=str
+)
 def test_kept_pre_activations(driver, case, mode, precision):
     case = replace(case, mode=mode)
     assert driver(case, precision, keep=True) == "persistent"
@@ -162,6 +197,9 @@ def test_what_it_does_not_take(monkeypatch, driver):
     assert driver(WIDE, "float64") == "staged"
     assert driver(replace(WIDE, units=2)) == "staged"
     assert driver(replace(WIDE, expansion=3)) == "staged"
+    assert driver(RING, "tf32") == "staged"
+    assert driver(replace(RING, shortcut=True)) == "staged"
+    assert driver(replace(RING, channels=117)) == "staged"  # segments of 39 channels
     processors(monkeypatch, 2)
     assert driver(WIDE) == "staged"  # two images and a clerk
     # In evaluation nobody waits for anybody; but sums for the gradients of batch norms need a clerk.
@@ -193,6 +231,25 @@ def test_an_h200_takes_the_layers_of_gunn_15(monkeypatch, driver, case, mode, pr
     assert driver(replace(case, mode=mode), precision) == ("persistent, staged" if staged else "persistent")
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(400, 10, shortcut=False, batch=9, height=56, width=56),
+        Case(800, 20, shortcut=False, batch=32, height=28, width=28),
+        Case(1600, 40, shortcut=False, batch=128, height=14, width=14),
+        Case(2000, 50, shortcut=False, batch=128, height=7, width=7),
+    ],
+    ids=str,
+)
+def test_an_h200_takes_the_layers_of_gunn_18(monkeypatch, driver, case, mode):
+    """As long as all of their blocks are resident at once."""
+    processors(monkeypatch, 132)
+    assert driver(replace(case, mode=mode)) == "persistent"
+    if case.height > 14:
+        assert driver(replace(case, batch=128)) == "staged"
+
+
 def test_it_serves_only_where_it_is_asked_for(monkeypatch, core, driver):
     monkeypatch.delenv("GUNN_CUDA_DRIVER")
     assert driver(WIDE) == "staged"
@@ -211,8 +268,11 @@ def test_more_images_than_processors_in_evaluation(monkeypatch):
     laws.rule_holds(sample_for("bfloat16", replace(WIDE, batch=5, mode="eval"), 0), "bfloat16")
 
 
-@pytest.mark.parametrize("precision", OF_EACH_SIZE)
-@pytest.mark.parametrize("case", [WIDE, BANDS, replace(BANDS, mode="eval")], ids=str)
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    taken([WIDE, BANDS, replace(BANDS, mode="eval"), RING, replace(RING, mode="eval")], OF_EACH_SIZE),
+    ids=str,
+)
 def test_bits_do_not_depend_on_the_schedule(monkeypatch, case, precision):
     dtype, fast = PRECISIONS[precision]
     values = sample_for(precision, case, 0)
@@ -228,8 +288,7 @@ def test_bits_do_not_depend_on_the_schedule(monkeypatch, case, precision):
         assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
 
 
-@pytest.mark.parametrize("precision", OF_EACH_SIZE)
-@pytest.mark.parametrize("case", [WIDE, BANDS], ids=str)
+@pytest.mark.parametrize(("case", "precision"), taken([WIDE, BANDS, RING], OF_EACH_SIZE), ids=str)
 def test_layouts(case, precision):
     dtype, fast = PRECISIONS[precision]
     values = sample_for(precision, case, 0)

@@ -465,18 +465,18 @@ inline const std::vector<std::pair<const char*, Setup>>& setups() {
   return all;
 }
 
+inline Setup on(int processors, Setup setup, int shared_kb = 0) {
+  setup.processors = processors, setup.shared_kb = shared_kb;
+  return setup;
+}
+inline Setup given(Setup setup) {
+  setup.batch_statistics = false;
+  return setup;
+}
 // Of k 8 and s 4 unless they say otherwise, four segments: every turn of a slot comes twice. `wide`: of 4 bytes, whose
 // channels are streamed by other blocks.
 template <bool wide>
 const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
-  const auto on = [](int processors, Setup setup, int shared_kb = 0) {
-    setup.processors = processors, setup.shared_kb = shared_kb;
-    return setup;
-  };
-  const auto given = [](Setup setup) {
-    setup.batch_statistics = false;
-    return setup;
-  };
   const Setup bands{{1, 16, 11, 16, 4, 2, 1, true, true}};  // of 4, 4 and 3 rows
   static const std::vector<std::pair<const char*, Setup>> all = {
       {"persistent_images", on(4, {{3, 16, 6, 7, 4, 2, 1, true, true}})},
@@ -502,6 +502,15 @@ const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
   };
   return all;
 }
+// k 80, s 40: weights come through a ring, in 16 bits.
+inline const std::vector<std::pair<const char*, Setup>>& ring_setups() {
+  static const std::vector<std::pair<const char*, Setup>> all = {
+      {"persistent_ring", on(3, {{1, 120, 3, 40, 3, 2, 1, false, true}})},
+      {"persistent_ring_given", on(3, given({{1, 120, 3, 40, 3, 2, 1, false, true}}))},
+      {"persistent_ring_streamed", on(2, {{1, 114, 5, 6, 3, 2, 1, false, false}}, 66)},  // k 76, s 38
+  };
+  return all;
+}
 
 template <class Scalar, class Wide>
 bool add_cases(const Kernels<Scalar, Wide>& kernels, bool persistent) {
@@ -512,6 +521,7 @@ bool add_cases(const Kernels<Scalar, Wide>& kernels, bool persistent) {
   };
   add(setups());
   if (persistent) add(persistent_setups<sizeof(Scalar) == 4>());
+  if (persistent && sizeof(Scalar) == 2) add(ring_setups());
   return true;
 }
 
