@@ -200,9 +200,6 @@ class PixelBlock {
       tables_.hidden_at[m] =
           layout_.hidden + ((inside / width + 1) * (width + 2) + inside % width + 1) * layout_.hidden_stride;
     }
-    __syncthreads();
-    GUNN_UNROLL
-    for (int mt = 0; mt < MT; ++mt) pixel_[mt] = tables_.hidden_at[first_row(mt) + lane_ % 16];
   }
 
   // ---- Weights: rows of 64 bytes of depth, whose four pieces are exchanged so that eight rows lie in all banks.
@@ -513,12 +510,15 @@ class PixelBlock {
   GUNN_DEVICE void spatial_steps(Sums<KT>& sums) {
     constexpr int kPieces = 9 * KP, kDirection = transposed ? -1 : 1;  // of all taps
     const int row = (base_.extents.width + 2) * layout_.hidden_stride, matrix = lane_ / 8;
+    int pixel[MT];
+    GUNN_UNROLL
+    for (int mt = 0; mt < MT; ++mt) pixel[mt] = tables_.hidden_at[first_row(mt) + lane_ % 16];
     const auto load = [&](uint32_t (&a)[MT][4], int step) {
       const int piece = min(2 * step + matrix / 2, kPieces - 1), tap = piece / KP;
       const int offset =
           kDirection * ((tap / 3 - 1) * row + (tap % 3 - 1) * layout_.hidden_stride) + piece % KP * kPiece;
       GUNN_UNROLL
-      for (int mt = 0; mt < MT; ++mt) load_matrices<false>(a[mt], shared_ + pixel_[mt] + offset);
+      for (int mt = 0; mt < MT; ++mt) load_matrices<false>(a[mt], shared_ + pixel[mt] + offset);
     };
     if constexpr (kRing) {
       GUNN_ROLLED
@@ -655,7 +655,6 @@ class PixelBlock {
   const int warp_, lane_, count_;
   Storage* streamed_;
   Tables& tables_;
-  int pixel_[MT];
 
  private:
   static constexpr int kSpatialSteps = (9 * KP + 1) / 2;
