@@ -3,8 +3,6 @@
 import pytest
 from native_program import barriers
 
-pytestmark = pytest.mark.timeout(1200)  # whichever test comes first waits for the compiler
-
 
 @pytest.mark.parametrize("vectors", ["widest", "baseline"])
 def test_memory_and_undefined_behaviour(native, vectors):
