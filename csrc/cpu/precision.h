@@ -1,7 +1,6 @@
 // What the kernels compute with, and the 16-bit numbers of feature maps.
 //
-//   Storage   of feature maps; the state is rounded to it at every write-back, so that the backward, which reads it
-//   from
+//   Storage   of feature maps; the state is rounded to it at every write-back, so that the backward, which has it from
 //             y, sees the bits that the forward saw
 //   Scalar    of everything else: parameters, pre-activations, gradients, accumulators
 //   Factor    of products, and of the state: Scalar, or a Pair of bfloat16 (factors.h)
