@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from gunn_ext import GunnLayer
-from gunn_ext.data import Split
+from gunn_ext.data import ImageDataset, Split
 from gunn_ext.training import (
     AugmentConfig,
     CheckpointError,
@@ -263,7 +263,7 @@ def test_the_summary_accuracy_is_that_of_the_last_checkpoint(tmp_path):
     from gunn_ext.training import load_data
 
     data = load_data(config, "cpu")
-    again = evaluate(model, data.test, data.normalize)
+    again = evaluate(model, data.evaluation_batches(data.test, 256))
     assert again.accuracy == result.test_accuracy
     assert result.test_count == again.count == 21
 
@@ -514,7 +514,9 @@ class Threshold(nn.Module):
 def test_every_image_is_counted_once_whatever_the_batch_size(batch_size):
     images = torch.tensor([0, 255, 255, 0, 255, 0, 255], dtype=torch.uint8).view(7, 1, 1, 1)
     labels = torch.tensor([0, 1, 1, 0, 0, 1, 1])
-    result = evaluate(Threshold(), Split(images, labels), lambda x: x.float() / 255 - 0.5, batch_size)
+    split = Split(images, labels)
+    data = ImageDataset("bits", split, split, 2, mean=(127.5,), std=(255.0,), mirror=True)
+    result = evaluate(Threshold(), data.evaluation_batches(split, batch_size))
     assert (result.count, result.correct, result.accuracy) == (7, 5, 5 / 7)
     # Logits (0, ±0.5): the loss is log(1 + exp(-0.5)) for each right one and log(1 + exp(0.5)) for each wrong one ...
     right, wrong = math.log1p(math.exp(-0.5)), math.log1p(math.exp(0.5))
@@ -522,8 +524,7 @@ def test_every_image_is_counted_once_whatever_the_batch_size(batch_size):
 
 
 def test_evaluating_nothing_counts_nothing():
-    empty = Split(torch.empty(0, 1, 2, 2, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-    result = evaluate(Threshold(), empty, lambda x: x.float())
+    result = evaluate(Threshold(), [])
     assert (result.count, result.correct) == (0, 0)
     assert math.isnan(result.accuracy)
     assert math.isnan(result.loss)
@@ -534,8 +535,7 @@ def test_evaluation_restores_every_modules_mode_and_no_statistics_move():
     model[1].freeze_batch_norm()
     modes = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    split = Split(torch.randint(256, (5, 2, 6, 6), dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 0]))
-    evaluate(model, split, lambda x: x.float() / 255)
+    evaluate(model, [(torch.rand(5, 2, 6, 6), torch.tensor([0, 1, 2, 3, 0]))])
     assert [module.training for module in model.modules()] == modes
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

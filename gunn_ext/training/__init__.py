@@ -9,13 +9,13 @@ from gunn_ext.training.checkpoint import load_checkpoint, load_weights, save_che
 from gunn_ext.training.config import (
     AugmentConfig,
     Config,
-    DigitsConfig,
-    FakeConfig,
     OptimizerConfig,
     ScheduleConfig,
     load_config,
     save_config,
 )
+from gunn_ext.training.data_config import DigitsConfig, FakeConfig
+from gunn_ext.training.datasets import load_data
 from gunn_ext.training.errors import (
     CheckpointError,
     ConfigError,
@@ -26,7 +26,7 @@ from gunn_ext.training.errors import (
 from gunn_ext.training.evaluation import Evaluation, evaluate
 from gunn_ext.training.progress import BarReporter, LineReporter, Reporter, SilentReporter, make_reporter
 from gunn_ext.training.schedule import step_learning_rate
-from gunn_ext.training.trainer import Result, evaluate_run, load_data, train
+from gunn_ext.training.trainer import Result, evaluate_run, train
 
 __all__ = [
     "AugmentConfig",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from gunn_ext.training import checks
+from gunn_ext.training.data_config import DATASETS, LARGEST_SEED, DigitsConfig, FakeConfig
 from gunn_ext.training.errors import ConfigError
-
-DATASETS = ("digits", "fake")
-_LARGEST_SEED = 2**32 - 1
 
 C = TypeVar("C")
 
@@ -40,9 +38,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _number("optimizer.momentum", self.momentum, least=0, below=1)
-        _boolean("optimizer.nesterov", self.nesterov)
-        _number("optimizer.weight_decay", self.weight_decay, least=0)
+        checks.number("optimizer.momentum", self.momentum, least=0, below=1)
+        checks.boolean("optimizer.nesterov", self.nesterov)
+        checks.number("optimizer.weight_decay", self.weight_decay, least=0)
         if self.nesterov and self.momentum == 0:
             raise ConfigError(
                 "optimizer.nesterov needs a momentum above 0, got optimizer.momentum=0; set optimizer.nesterov=false."
@@ -63,12 +61,12 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        object.__setattr__(self, "drops", _tuple("schedule.drops", self.drops))
+        object.__setattr__(self, "drops", checks.sequence("schedule.drops", self.drops))
         for drop in self.drops:
-            _number("schedule.drops", drop, above=0, most=1)
+            checks.number("schedule.drops", drop, above=0, most=1)
         if list(self.drops) != sorted(set(self.drops)):
             raise ConfigError(f"schedule.drops must rise, got {list(self.drops)}.")
-        _number("schedule.factor", self.factor, above=0, most=1)
+        checks.number("schedule.factor", self.factor, above=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -89,56 +87,10 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.mirror is not None:
-            _boolean("augment.mirror", self.mirror)
+            checks.boolean("augment.mirror", self.mirror)
         if self.crop_padding is not None:
-            _integer("augment.crop_padding", self.crop_padding, least=0)
-        _boolean("augment.cyclic_shift", self.cyclic_shift)
-
-
-@dataclass(frozen=True)
-class DigitsConfig:
-    """Options of the data set ``digits``.
-
-    Args:
-        image_size: Height and width the 8x8 scans are resized to.
-    """
-
-    image_size: int = 16
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _integer("digits.image_size", self.image_size, least=1)
-
-
-@dataclass(frozen=True)
-class FakeConfig:
-    """Options of the data set ``fake``: random images, random labels.
-
-    Args:
-        shape: (channels, height, width).
-        classes: Number of classes.
-        train_images: Size of the training split.
-        test_images: Size of the test split.
-        seed: Of the images.
-    """
-
-    shape: tuple[int, int, int] = (3, 32, 32)
-    classes: int = 10
-    train_images: int = 512
-    test_images: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        object.__setattr__(self, "shape", _tuple("fake.shape", self.shape))
-        if len(self.shape) != 3:
-            raise ConfigError(f"fake.shape must be (channels, height, width), got {list(self.shape)}.")
-        for size in self.shape:
-            _integer("fake.shape", size, least=1)
-        _integer("fake.classes", self.classes, least=1)
-        _integer("fake.train_images", self.train_images, least=1)
-        _integer("fake.test_images", self.test_images, least=0)
-        _integer("fake.seed", self.seed, least=0, most=_LARGEST_SEED)
+            checks.integer("augment.crop_padding", self.crop_padding, least=0)
+        checks.boolean("augment.cyclic_shift", self.cyclic_shift)
 
 
 @dataclass(frozen=True)
@@ -182,24 +134,21 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the values, and those that depend on each other."""
-        _string("model", self.model)
-        _string("data", self.data)
-        if self.data not in DATASETS:
-            hint = _hint(self.data, DATASETS)
-            raise ConfigError(f"data must be one of {', '.join(DATASETS)}, got {self.data!r}.{hint}")
-        _integer("epochs", self.epochs, least=1)
-        _integer("batch_size", self.batch_size, least=1)
-        _integer("eval_batch_size", self.eval_batch_size, least=1)
-        _number("lr", self.lr, above=0)
-        _integer("seed", self.seed, least=0, most=_LARGEST_SEED)
-        _string("device", self.device)
+        checks.string("model", self.model)
+        checks.choice("data", self.data, DATASETS)
+        checks.integer("epochs", self.epochs, least=1)
+        checks.integer("batch_size", self.batch_size, least=1)
+        checks.integer("eval_batch_size", self.eval_batch_size, least=1)
+        checks.number("lr", self.lr, above=0)
+        checks.integer("seed", self.seed, least=0, most=LARGEST_SEED)
+        checks.string("device", self.device)
         if self.device != "auto":
             try:
                 torch.device(self.device)
             except RuntimeError:
                 raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}.") from None
         if self.output is not None:
-            _string("output", self.output)
+            checks.string("output", self.output)
         for group in dataclasses.fields(self):
             default = group.default_factory
             if default is not dataclasses.MISSING and not isinstance(getattr(self, group.name), default):  # type: ignore[arg-type]
@@ -371,55 +320,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def _hint(value: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _boolean(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, got {value!r}.")
-
-
-def _string(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} must be a text, got {value!r}.")
-
-
-def _tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{name} must be a list, got {value!r}.")
-    return tuple(value)
-
-
-def _integer(name: str, value: Any, *, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an integer, got {value!r}.")
-    if value < least or (most is not None and value > most):
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{name} must be {limits}, got {value}.")
-
-
-def _number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name} must be a number, got {value!r}.")
-    bounds = {"above": above, "at least": least, "below": below, "at most": most}
-    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-    inside = (
-        (above is None or value > above)
-        and (least is None or value >= least)
-        and (below is None or value < below)
-        and (most is None or value <= most)
-    )
-    if not math.isfinite(value) or not inside:
-        raise ConfigError(f"{name} must be a finite number {wanted}, got {value}.")

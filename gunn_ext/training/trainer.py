@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gunn_ext import ops
 from gunn_ext._info import __version__
-from gunn_ext.data import Augmentation, ImageDataset, Split, augment, batches, load_digits, make_fake
+from gunn_ext.data import Augmentation, batches
 from gunn_ext.data.dataset import batches_per_epoch
 from gunn_ext.layers import GunnLayer
 from gunn_ext.models import create_model
 from gunn_ext.training.checkpoint import epoch_seed, load_checkpoint, load_weights, save_checkpoint
 from gunn_ext.training.config import Config
+from gunn_ext.training.datasets import load_data
+from gunn_ext.training.device import backend_name, resolve_device
 from gunn_ext.training.errors import CheckpointError, ConfigError, DivergenceError, TrainingInterrupted
 from gunn_ext.training.evaluation import Evaluation, evaluate
 from gunn_ext.training.interrupt import StopOnSignal
@@ -135,38 +136,7 @@ def evaluate_run(path: Path | str, checkpoint: str = "last", device: str = "auto
     data = load_data(config, where)
     model = create_model(config.model, data.classes, data.image_shape[0]).to(where)
     load_weights(model, content, file)
-    return evaluate(model, data.test, data.normalize, config.eval_batch_size)
-
-
-def load_data(config: Config, device: torch.device | str) -> ImageDataset:
-    """The data set of a configuration, on ``device``."""
-    if config.data == "fake":
-        fake = config.fake
-        return make_fake(fake.shape, fake.classes, fake.train_images, fake.test_images, fake.seed, device)
-    return load_digits(config.digits.image_size, device)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name as in `Config`.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    if name == "auto":
-        usable = torch.cuda.is_available() and _backend(torch.device("cuda")).startswith("cuda")
-        return torch.device("cuda" if usable else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ConfigError(f"device {name!r} is not there: torch finds {found} CUDA devices. Use device cpu or auto.")
-    return device
-
-
-def _backend(device: torch.device) -> str:
-    try:
-        return ops.backend(str(device), torch.float32)
-    except RuntimeError:
-        return "none"
+    return evaluate(model, data.evaluation_batches(data.test, config.eval_batch_size))
 
 
 class _Run:
@@ -298,7 +268,7 @@ class _Run:
 
     def _training_pass(self, epoch: int, rate: float, check_stop: Callable[[], None]) -> tuple[float, int]:
         """One pass over the training split; returns mean loss and number of images."""
-        config, split = self.config, self.data.train
+        config = self.config
         torch.manual_seed(epoch_seed(config.seed, epoch, "model"))
         generator = torch.Generator(self.device).manual_seed(epoch_seed(config.seed, epoch, "data"))
         for group in self.optimizer.param_groups:
@@ -306,9 +276,10 @@ class _Run:
         self.model.train()
         started, images = time.perf_counter(), 0
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for step, chosen in enumerate(batches(len(split), config.batch_size, generator), 1):
-            total += self._step(split, chosen, generator) * len(chosen)
-            images += len(chosen)
+        order = batches(len(self.data.train), config.batch_size, generator)
+        for step, (inputs, labels) in enumerate(self.data.training_batches(order, self.augmentation, generator), 1):
+            total += self._step(inputs, labels) * len(labels)
+            images += len(labels)
             if step % STEPS_BETWEEN_CHECKS == 0:
                 self._check_finite(float(total), f"training loss in epoch {epoch + 1}", rate)
             self.reporter.step(epoch, step, images / (time.perf_counter() - started))
@@ -317,16 +288,15 @@ class _Run:
         self._check_finite(mean, f"training loss in epoch {epoch + 1}", rate)
         return mean, images
 
-    def _step(self, split: Split, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        inputs = augment(self.data.normalize(split.images[chosen]), self.augmentation, generator)
-        loss = F.cross_entropy(self.model(inputs), split.labels[chosen])
+    def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(self.model(inputs), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
     def _evaluate(self) -> Evaluation:
-        test = evaluate(self.model, self.data.test, self.data.normalize, self.config.eval_batch_size)
+        test = evaluate(self.model, self.data.evaluation_batches(self.data.test, self.config.eval_batch_size))
         if test.count:
             self._check_finite(test.loss, f"test loss after epoch {self.epoch + 1}", self._learning_rate(self.epoch))
         return test
@@ -366,7 +336,7 @@ class _Run:
 
     def _used_backend(self) -> str:
         gradual = any(isinstance(module, GunnLayer) and module.gradual for module in self.model.modules())
-        return _backend(self.device) if gradual else "torch"
+        return backend_name(self.device) if gradual else "torch"
 
     def _result(self) -> Result:
         progress, record = self.progress, self.progress["record"]
