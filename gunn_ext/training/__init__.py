@@ -14,7 +14,7 @@ from gunn_ext.training.config import (
     load_config,
     save_config,
 )
-from gunn_ext.training.data_config import DigitsConfig, FakeConfig
+from gunn_ext.training.data_config import DigitsConfig, FakeConfig, ShapesConfig
 from gunn_ext.training.datasets import load_data
 from gunn_ext.training.errors import (
     CheckpointError,
@@ -44,6 +44,7 @@ __all__ = [
     "Result",
     "RunDirectoryError",
     "ScheduleConfig",
+    "ShapesConfig",
     "SilentReporter",
     "TrainingInterrupted",
     "evaluate",
