@@ -156,7 +156,7 @@ def test_a_missing_file_is_named(tmp_path):
         (lambda: Config(lr=math.inf), "lr must be a finite number above 0, got inf."),
         (lambda: Config(lr=0), "lr must be a finite number above 0, got 0."),
         (lambda: Config(seed=-1), "seed must be from 0 to 4294967295, got -1."),
-        (lambda: Config(data="digit"), "data must be one of digits, fake, got 'digit'. Did you mean 'digits'?"),
+        (lambda: Config(data="digit"), "data must be one of digits, shapes, fake, got 'digit'. Did you mean 'digits'?"),
         (lambda: Config(device="tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'."),
         (lambda: Config(model=""), "model must be a text, got ''."),
         (lambda: Config(optimizer={}), "optimizer must be a OptimizerConfig, got {}."),

@@ -7,7 +7,7 @@
 
 from gunn_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from gunn_ext.training.config import AugmentConfig, Config, load_config, save_config
-from gunn_ext.training.data_config import DigitsConfig, FakeConfig
+from gunn_ext.training.data_config import DigitsConfig, FakeConfig, ShapesConfig
 from gunn_ext.training.datasets import load_data
 from gunn_ext.training.errors import (
     CheckpointError,
@@ -41,6 +41,7 @@ __all__ = [
     "Result",
     "RunDirectoryError",
     "ScheduleConfig",
+    "ShapesConfig",
     "SilentReporter",
     "Trained",
     "TrainingInterrupted",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from gunn_ext.training import checks
-from gunn_ext.training.data_config import DATASETS, LARGEST_SEED, DigitsConfig, FakeConfig
+from gunn_ext.training.data_config import DATASETS, LARGEST_SEED, DigitsConfig, FakeConfig, ShapesConfig
 from gunn_ext.training.errors import ConfigError
 from gunn_ext.training.optimization_config import OptimizerConfig, ScheduleConfig
 from gunn_ext.training.precision import PRECISIONS
@@ -54,7 +54,7 @@ class Config:
 
     Args:
         model: A registered model; `gunn models` lists them.
-        data: Data set, digits or fake.
+        data: Data set: digits, shapes or fake.
         epochs: Passes over the training split.
         batch_size: Images of a training step.
         eval_batch_size: Images at a time in evaluation.
@@ -75,6 +75,7 @@ class Config:
         schedule: Of the learning rate.
         augment: Augmentation of the training images.
         digits: Options of the data set digits.
+        shapes: Options of the data set shapes.
         fake: Options of the data set fake.
 
     Raises:
@@ -103,6 +104,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     digits: DigitsConfig = field(default_factory=DigitsConfig)
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
 
     def __post_init__(self) -> None:
@@ -156,7 +158,8 @@ class Config:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images of this data set."""
-        return self.fake.shape if self.data == "fake" else (1, self.digits.image_size, self.digits.image_size)
+        size = self.digits.image_size
+        return {"digits": (1, size, size), "shapes": (3, 32, 32), "fake": self.fake.shape}[self.data]
 
     @property
     def run_directory(self) -> Path:
