@@ -110,7 +110,7 @@ def read_image(path: Path, channels: int) -> Tensor:
         array = _decode(path, channels)
     else:
         raise ValueError(f"{path}: unknown kind of file; expected .npy {' '.join(PICTURES)}.")
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 2, 0))).to(torch.float32)
+    return torch.from_numpy(np.moveaxis(array, 2, 0).astype(np.float32))
 
 
 def fitted(image: Tensor, height: int, width: int) -> Tensor:
