@@ -32,7 +32,7 @@ def test_values_are_separated_by_commas_outside_brackets():
         "--fake.shape=[1,8,8],[3,4,4]",
         "--batch-size=8",
         "--optimizer.betas",
-        "(0.9, 0.99)",
+        "(0.9, 0.8)",
     ]
     assert _values(arguments) == [
         ("lr", ["0.1", "0.2"]),

@@ -89,7 +89,7 @@ def test_pictures_need_pillow_and_arrays_do_not(finished, capsys, tmp_path, monk
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert run(capsys, "predict", output, tmp_path / "0.npy")[0] == 0
     outcome = run(capsys, "predict", output, tmp_path / "below")
-    assert_one_line_error(outcome, "pictures need Pillow", 'pip install "gunn-ext[imagenet]"', "or give .npy files")
+    assert_one_line_error(outcome, "pictures need Pillow", 'pip install "gunn-ext[images]"', "or give .npy files")
 
 
 def test_pictures_become_what_the_network_takes(tmp_path):
