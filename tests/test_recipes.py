@@ -152,7 +152,7 @@ def test_reproduce_compares_skips_what_is_done_and_resumes_what_is_begun(capsys,
     status, out, err = run(capsys, "reproduce", "figure3", "--seeds=0:2", "--output", tmp_path, *options)
     assert (status, err) == (0, "")
     runs = [f"{name}-cifar10-seed{seed}" for name in ("gunn15", "sunn15") for seed in (0, 1)]
-    assert sorted(os.listdir(tmp_path)) == ["figure3.json", *runs]
+    assert sorted(os.listdir(tmp_path)) == ["figure3.json", "figure3.png", *runs]
     rows = json.loads((tmp_path / "figure3.json").read_text())["rows"]
     errors = [100 * (1 - json.loads((tmp_path / name / "summary.json").read_text())["test_accuracy"]) for name in runs]
     assert rows[0]["error"] == pytest.approx((errors[0] + errors[1]) / 2)

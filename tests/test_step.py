@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gunn_ext.bench import training as bench
 from gunn_ext.cli import main
 from gunn_ext.training import Config, ConfigError, FakeConfig, OptimizerConfig
+from gunn_ext.training import step as step_module
 from gunn_ext.training.optimization import make_optimizer
 from gunn_ext.training.step import TrainingStep
 
@@ -308,3 +310,35 @@ def test_the_phases_make_the_step_of_a_run():
     assert int(split.step.taken) == 1
     for ours, theirs in zip(split.step.model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# CUDA graphs, the graph itself feigned ------------------------------------------------------------------------------
+
+
+class Feigned:
+    """Stands for `Replay`: warms up, and replays by doing the work again, into the tensors of the capture."""
+
+    def __init__(self, work):
+        for _ in range(3):
+            work()
+        self.work, self.outputs = work, work()
+
+    def __call__(self):
+        for output, value in zip(self.outputs, self.work(), strict=True):
+            output.copy_(value)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_replayed_step_reads_every_batch_and_warming_up_leaves_no_trace(monkeypatch, precision):
+    monkeypatch.setattr(step_module, "Replay", Feigned)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    models = [nn.Sequential(nn.BatchNorm2d(1), *net()) for _ in range(2)]
+    graphed, plain = (make(m, precision=precision, cuda_graph=g) for m, g in zip(models, (True, False), strict=True))
+    for count in range(3):
+        x, y = batch()
+        outputs = [step(x + count, y, rate=0.1) for step in (graphed, plain)]
+        assert torch.equal(outputs[0][0], outputs[1][0])
+        assert outputs[0][1] == outputs[1][1]
+    for name, value in models[1].state_dict().items():
+        assert torch.equal(models[0].state_dict()[name], value), name
+    assert int(graphed.taken) == 3
