@@ -14,7 +14,7 @@ from gunn_ext.training.config import (
     load_config,
     save_config,
 )
-from gunn_ext.training.data_config import DigitsConfig, FakeConfig, ShapesConfig
+from gunn_ext.training.data_config import CifarConfig, DigitsConfig, FakeConfig, ShapesConfig
 from gunn_ext.training.datasets import load_data
 from gunn_ext.training.errors import (
     CheckpointError,
@@ -32,6 +32,7 @@ __all__ = [
     "AugmentConfig",
     "BarReporter",
     "CheckpointError",
+    "CifarConfig",
     "Config",
     "ConfigError",
     "DigitsConfig",

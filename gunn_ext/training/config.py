@@ -16,7 +16,15 @@ from typing import Any, TypeVar
 import torch
 
 from gunn_ext.training import checks
-from gunn_ext.training.data_config import DATASETS, LARGEST_SEED, DigitsConfig, FakeConfig, ShapesConfig
+from gunn_ext.training.data_config import (
+    DATASETS,
+    LARGEST_SEED,
+    NATURAL,
+    CifarConfig,
+    DigitsConfig,
+    FakeConfig,
+    ShapesConfig,
+)
 from gunn_ext.training.errors import ConfigError
 
 C = TypeVar("C")
@@ -99,7 +107,8 @@ class Config:
 
     Args:
         model: A registered model; `gunn models` lists them.
-        data: Data set: digits, shapes or fake.
+        data: Data set: digits, shapes, cifar10, cifar100 or fake.
+        data_path: File or folder of a data set that is read from disk; null: the folder data.
         epochs: Passes over the training split.
         batch_size: Images of a training step.
         eval_batch_size: Images at a time in evaluation.
@@ -112,6 +121,7 @@ class Config:
         augment: Augmentation of the training images.
         digits: Options of the data set digits.
         shapes: Options of the data set shapes.
+        cifar: Options of the data sets cifar10 and cifar100.
         fake: Options of the data set fake.
 
     Raises:
@@ -120,6 +130,7 @@ class Config:
 
     model: str = "gunn_tiny"
     data: str = "digits"
+    data_path: str | None = None
     epochs: int = 16
     batch_size: int = 32
     eval_batch_size: int = 256
@@ -132,12 +143,17 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    cifar: CifarConfig = field(default_factory=CifarConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
 
     def __post_init__(self) -> None:
         """Check the values, and those that depend on each other."""
         checks.string("model", self.model)
         checks.choice("data", self.data, DATASETS)
+        if self.data_path is not None:
+            checks.string("data_path", self.data_path)
+        if self.cifar.coarse and self.data != "cifar100":
+            raise ConfigError(f"cifar.coarse belongs to data=cifar100, got data={self.data}; leave it out.")
         checks.integer("epochs", self.epochs, least=1)
         checks.integer("batch_size", self.batch_size, least=1)
         checks.integer("eval_batch_size", self.eval_batch_size, least=1)
@@ -168,7 +184,7 @@ class Config:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images of this data set."""
         size = self.digits.image_size
-        return {"digits": (1, size, size), "shapes": (3, 32, 32), "fake": self.fake.shape}[self.data]
+        return {"digits": (1, size, size), "fake": self.fake.shape}.get(self.data, (3, 32, 32))
 
     @property
     def run_directory(self) -> Path:
@@ -177,7 +193,7 @@ class Config:
 
     def resolved(self) -> Config:
         """The same settings with every null replaced by what it stands for; the device stays as it was asked for."""
-        natural = self.data != "digits"
+        natural = self.data in NATURAL
         augment = replace(
             self.augment,
             mirror=natural if self.augment.mirror is None else self.augment.mirror,
@@ -205,12 +221,14 @@ class Config:
 
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configurations differ, by dotted name; where a run lies and on what is left out."""
+    """The settings in which two configurations differ, by dotted name; where a run or its data lie is left out, and on
+    what it ran.
+    """
     flat_ours, flat_theirs = (_flatten(config.resolved().to_dict()) for config in (ours, theirs))
     return {
         name: (value, flat_theirs[name])
         for name, value in flat_ours.items()
-        if value != flat_theirs[name] and name not in ("output", "device")
+        if value != flat_theirs[name] and name not in ("output", "device", "data_path")
     }
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from gunn_ext.training import checks
 from gunn_ext.training.errors import ConfigError
 
-DATASETS = ("digits", "shapes", "fake")
+DATASETS = ("digits", "shapes", "cifar10", "cifar100", "fake")
+NATURAL = ("shapes", "cifar10", "cifar100", "fake")  # a mirrored image is still one of its class
 LARGEST_SEED = 2**32 - 1
 
 
@@ -51,6 +52,21 @@ class ShapesConfig:
         checks.integer("shapes.test_images", self.test_images, least=0, most=LARGEST_SEED)
         checks.integer("shapes.difficulty", self.difficulty, least=0, most=3)
         checks.integer("shapes.seed", self.seed, least=0, most=LARGEST_SEED)
+
+
+@dataclass(frozen=True)
+class CifarConfig:
+    """Options of the data sets ``cifar10`` and ``cifar100``.
+
+    Args:
+        coarse: Of cifar100, the 20 superclasses instead of the 100 classes.
+    """
+
+    coarse: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        checks.boolean("cifar.coarse", self.coarse)
 
 
 @dataclass(frozen=True)

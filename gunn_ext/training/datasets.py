@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gunn_ext.data import ImageDataset, load_digits, make_fake, make_shapes
+from gunn_ext.data import CIFAR10, CIFAR100, ImageDataset, load_cifar, load_digits, make_fake, make_shapes
 from gunn_ext.training.config import Config
+
+DATA_FOLDER = "data"
 
 
 def load_data(config: Config, device: torch.device | str) -> ImageDataset:
@@ -18,4 +20,7 @@ def load_data(config: Config, device: torch.device | str) -> ImageDataset:
         return make_shapes(
             shapes.classes, shapes.train_images, shapes.test_images, shapes.difficulty, shapes.seed, device
         )
+    if config.data in ("cifar10", "cifar100"):
+        published = CIFAR10 if config.data == "cifar10" else CIFAR100
+        return load_cifar(published, config.data_path or DATA_FOLDER, coarse=config.cifar.coarse, device=device)
     return load_digits(config.digits.image_size, device)
