@@ -1,5 +1,6 @@
 """Data sets that live on the training device, and their augmentation."""
 
+from gunn_ext.data.arrays import load_arrays
 from gunn_ext.data.augment import Augmentation, augment, cyclic_shift, mirror, shift_crop
 from gunn_ext.data.cifar import CIFAR10, CIFAR100, load_cifar
 from gunn_ext.data.dataset import ImageDataset, Split, batches
@@ -16,6 +17,7 @@ __all__ = [
     "augment",
     "batches",
     "cyclic_shift",
+    "load_arrays",
     "load_cifar",
     "load_digits",
     "make_fake",

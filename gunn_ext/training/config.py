@@ -82,9 +82,9 @@ class AugmentConfig:
     """What is done to training images.
 
     Args:
-        mirror: Mirror with probability 1/2; null: where the data set allows it (digits do not).
+        mirror: Mirror with probability 1/2; null: where the data set allows it (digits and arrays do not).
         crop_padding: Shift by up to this many pixels, filling with the mean colour; null: an eighth of the height on
-            natural images, a sixteenth on digits.
+            natural images, a sixteenth on digits, 0 on arrays.
         cyclic_shift: With probability 2/3, roll by a uniform offset along one axis.
     """
 
@@ -107,7 +107,7 @@ class Config:
 
     Args:
         model: A registered model; `gunn models` lists them.
-        data: Data set: digits, shapes, cifar10, cifar100 or fake.
+        data: Data set: digits, shapes, cifar10, cifar100, arrays or fake.
         data_path: File or folder of a data set that is read from disk; null: the folder data.
         epochs: Passes over the training split.
         batch_size: Images of a training step.
@@ -173,16 +173,20 @@ class Config:
                 raise ConfigError(
                     f"{group.name} must be a {default.__name__}, got {getattr(self, group.name)!r}."  # type: ignore[attr-defined]
                 )
-        padding, height = self.augment.crop_padding, min(self.image_shape[1:])
-        if padding is not None and padding > height:
+        if self.data == "arrays" and self.data_path is None:
+            raise ConfigError("data=arrays needs data_path: a file .npz, .h5 or .hdf5, or a folder of files .npy.")
+        padding, shape = self.augment.crop_padding, self.image_shape
+        if padding is not None and shape is not None and padding > min(shape[1:]):
             raise ConfigError(
-                f"augment.crop_padding ({padding}) must not exceed the image size ({height}); lower it or enlarge the "
-                "images."
+                f"augment.crop_padding ({padding}) must not exceed the image size ({min(shape[1:])}); lower it or "
+                "enlarge the images."
             )
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images of this data set."""
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images of this data set; None where only its files know."""
+        if self.data == "arrays":
+            return None
         size = self.digits.image_size
         return {"digits": (1, size, size), "fake": self.fake.shape}.get(self.data, (3, 32, 32))
 
@@ -193,15 +197,12 @@ class Config:
 
     def resolved(self) -> Config:
         """The same settings with every null replaced by what it stands for; the device stays as it was asked for."""
-        natural = self.data in NATURAL
+        natural, shape = self.data in NATURAL, self.image_shape
+        padding = 0 if shape is None else min(shape[1:]) // (8 if natural else 16)
         augment = replace(
             self.augment,
             mirror=natural if self.augment.mirror is None else self.augment.mirror,
-            crop_padding=(
-                min(self.image_shape[1:]) // (8 if natural else 16)
-                if self.augment.crop_padding is None
-                else self.augment.crop_padding
-            ),
+            crop_padding=padding if self.augment.crop_padding is None else self.augment.crop_padding,
         )
         return replace(self, output=str(self.run_directory), augment=augment)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gunn_ext.training import checks
 from gunn_ext.training.errors import ConfigError
 
-DATASETS = ("digits", "shapes", "cifar10", "cifar100", "fake")
+DATASETS = ("digits", "shapes", "cifar10", "cifar100", "arrays", "fake")
 NATURAL = ("shapes", "cifar10", "cifar100", "fake")  # a mirrored image is still one of its class
 LARGEST_SEED = 2**32 - 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gunn_ext.data import CIFAR10, CIFAR100, ImageDataset, load_cifar, load_digits, make_fake, make_shapes
+from gunn_ext.data import CIFAR10, CIFAR100, ImageDataset, load_arrays, load_cifar, load_digits, make_fake, make_shapes
 from gunn_ext.training.config import Config
 
 DATA_FOLDER = "data"
@@ -23,4 +23,6 @@ def load_data(config: Config, device: torch.device | str) -> ImageDataset:
     if config.data in ("cifar10", "cifar100"):
         published = CIFAR10 if config.data == "cifar10" else CIFAR100
         return load_cifar(published, config.data_path or DATA_FOLDER, coarse=config.cifar.coarse, device=device)
+    if config.data == "arrays" and config.data_path is not None:
+        return load_arrays(config.data_path, device)
     return load_digits(config.digits.image_size, device)
