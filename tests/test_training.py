@@ -1,4 +1,4 @@
-"""The training engine: schedule and settings as numbers, resuming bit by bit, interruption, divergence, evaluation."""
+"""The training engine: settings as numbers, resuming bit by bit, interruption, divergence, evaluation."""
 
 import io
 import json
@@ -10,8 +10,6 @@ import signal
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
@@ -36,7 +34,6 @@ from gunn_ext.training import (
     load_checkpoint,
     load_config,
     save_config,
-    step_learning_rate,
     train,
 )
 from gunn_ext.training.data_config import DATASETS
@@ -103,35 +100,6 @@ class SignalAt(SilentReporter):
             os.kill(os.getpid(), self.number)
         elif (epoch, step) > self.at:
             self.steps_after += 1
-
-
-# schedule -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_rate_drops_at_epochs_149_and_224_of_300():
-    rates = [step_learning_rate(epoch, 300, base=0.1) for epoch in range(300)]
-    expected = [0.1] * 149 + [0.01] * 75 + [0.001] * 76
-    assert rates == pytest.approx(expected, rel=1e-12)
-    assert [e for e in range(1, 300) if rates[e] < rates[e - 1]] == [149, 224]
-
-
-@given(epochs=st.integers(1, 400), epoch=st.integers(0, 399))
-def test_the_rate_follows_the_formula(epochs, epoch):
-    if epoch < epochs:
-        exponent = (epoch + 1 >= 0.5 * epochs) + (epoch + 1 >= 0.75 * epochs)
-        assert step_learning_rate(epoch, epochs, base=0.1) == pytest.approx(0.1 * 10.0**-exponent, rel=1e-12)
-
-
-def test_other_drops_and_factors():
-    rates = [step_learning_rate(e, 4, base=1.0, drops=(1.0,), factor=0.5) for e in range(4)]
-    assert rates == [1.0, 1.0, 1.0, 0.5]
-    assert step_learning_rate(3, 4, base=0.3, drops=()) == 0.3
-
-
-@pytest.mark.parametrize("epoch", [-1, 4])
-def test_epochs_outside_the_run_are_refused(epoch):
-    with pytest.raises(ValueError, match=f"epoch must lie in 0 … 3, got {epoch}"):
-        step_learning_rate(epoch, 4, base=0.1)
 
 
 # settings -----------------------------------------------------------------------------------------------------------

@@ -6,14 +6,7 @@
 """
 
 from gunn_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from gunn_ext.training.config import (
-    AugmentConfig,
-    Config,
-    OptimizerConfig,
-    ScheduleConfig,
-    load_config,
-    save_config,
-)
+from gunn_ext.training.config import AugmentConfig, Config, load_config, save_config
 from gunn_ext.training.data_config import CifarConfig, DigitsConfig, FakeConfig, ShapesConfig
 from gunn_ext.training.datasets import load_data
 from gunn_ext.training.errors import (
@@ -23,10 +16,13 @@ from gunn_ext.training.errors import (
     RunDirectoryError,
     TrainingInterrupted,
 )
-from gunn_ext.training.evaluation import Evaluation, evaluate
+from gunn_ext.training.evaluation import Ensemble, Evaluation, evaluate
+from gunn_ext.training.optimization_config import OptimizerConfig, ScheduleConfig
 from gunn_ext.training.progress import BarReporter, LineReporter, Reporter, SilentReporter, make_reporter
-from gunn_ext.training.schedule import step_learning_rate
-from gunn_ext.training.trainer import Result, evaluate_run, train
+from gunn_ext.training.result import Result
+from gunn_ext.training.runs import Trained, evaluate_run, load_run
+from gunn_ext.training.schedule import learning_rate, step_learning_rate
+from gunn_ext.training.trainer import train
 
 __all__ = [
     "AugmentConfig",
@@ -37,6 +33,7 @@ __all__ = [
     "ConfigError",
     "DigitsConfig",
     "DivergenceError",
+    "Ensemble",
     "Evaluation",
     "FakeConfig",
     "LineReporter",
@@ -47,12 +44,15 @@ __all__ = [
     "ScheduleConfig",
     "ShapesConfig",
     "SilentReporter",
+    "Trained",
     "TrainingInterrupted",
     "evaluate",
     "evaluate_run",
+    "learning_rate",
     "load_checkpoint",
     "load_config",
     "load_data",
+    "load_run",
     "load_weights",
     "make_reporter",
     "save_checkpoint",

@@ -26,55 +26,10 @@ from gunn_ext.training.data_config import (
     ShapesConfig,
 )
 from gunn_ext.training.errors import ConfigError
+from gunn_ext.training.optimization_config import OptimizerConfig, ScheduleConfig
+from gunn_ext.training.precision import PRECISIONS
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Stochastic gradient descent; weight decay acts on every parameter, as in the paper.
-
-    Args:
-        momentum: Of the gradient.
-        nesterov: Nesterov's form of it.
-        weight_decay: L2 penalty.
-    """
-
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        checks.number("optimizer.momentum", self.momentum, least=0, below=1)
-        checks.boolean("optimizer.nesterov", self.nesterov)
-        checks.number("optimizer.weight_decay", self.weight_decay, least=0)
-        if self.nesterov and self.momentum == 0:
-            raise ConfigError(
-                "optimizer.nesterov needs a momentum above 0, got optimizer.momentum=0; set optimizer.nesterov=false."
-            )
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The step schedule of the learning rate.
-
-    Args:
-        drops: Where the rate drops, as rising fractions of the run.
-        factor: By which the rate is multiplied at each drop.
-    """
-
-    drops: tuple[float, ...] = (0.5, 0.75)
-    factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        object.__setattr__(self, "drops", checks.sequence("schedule.drops", self.drops))
-        for drop in self.drops:
-            checks.number("schedule.drops", drop, above=0, most=1)
-        if list(self.drops) != sorted(set(self.drops)):
-            raise ConfigError(f"schedule.drops must rise, got {list(self.drops)}.")
-        checks.number("schedule.factor", self.factor, above=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -116,8 +71,17 @@ class Config:
         seed: Of initial weights, order and augmentation.
         device: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one that the package has kernels for.
         output: Run directory; null: runs/<model>-<data>-seed<seed>.
-        optimizer: Stochastic gradient descent.
-        schedule: Step schedule of the learning rate.
+        max_steps: The run ends after so many training steps, wherever it is; null: when its epochs are done.
+        accumulate: Equal parts that the gradients of a batch are computed in, one after another.
+        clip_norm: Gradients of a larger norm are scaled down to it; null: none are.
+        label_smoothing: Share of the label that is spread over all classes.
+        ema: Decay of a moving average of the weights, which is then evaluated in their place; 0 is off.
+        precision: float32, bfloat16 or float16, the last two by autocast; weights stay float32.
+        channels_last: Lay images and weights of convolutions out channels last.
+        compile: Compile the network with torch.compile.
+        cuda_graph: Replay forward and backward from a CUDA graph.
+        optimizer: Of the weights.
+        schedule: Of the learning rate.
         augment: Augmentation of the training images.
         digits: Options of the data set digits.
         shapes: Options of the data set shapes.
@@ -138,6 +102,15 @@ class Config:
     seed: int = 0
     device: str = "auto"
     output: str | None = None
+    max_steps: int | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -167,12 +140,30 @@ class Config:
                 raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}.") from None
         if self.output is not None:
             checks.string("output", self.output)
+        if self.max_steps is not None:
+            checks.integer("max_steps", self.max_steps, least=1)
+        checks.integer("accumulate", self.accumulate, least=1)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size ({self.batch_size}) must be divisible by accumulate ({self.accumulate}): a batch is "
+                "computed in equal parts."
+            )
+        if self.clip_norm is not None:
+            checks.number("clip_norm", self.clip_norm, above=0)
+        checks.number("label_smoothing", self.label_smoothing, least=0, below=1)
+        checks.number("ema", self.ema, least=0, below=1)
+        checks.choice("precision", self.precision, PRECISIONS)
+        for switch in ("channels_last", "compile", "cuda_graph"):
+            checks.boolean(switch, getattr(self, switch))
+        if self.compile and self.cuda_graph:
+            raise ConfigError("compile and cuda_graph exclude each other; set one of them to false.")
         for group in dataclasses.fields(self):
             default = group.default_factory
             if default is not dataclasses.MISSING and not isinstance(getattr(self, group.name), default):  # type: ignore[arg-type]
                 raise ConfigError(
                     f"{group.name} must be a {default.__name__}, got {getattr(self, group.name)!r}."  # type: ignore[attr-defined]
                 )
+        self.schedule.check_epochs(self.epochs)
         if self.data == "arrays" and self.data_path is None:
             raise ConfigError("data=arrays needs data_path: a file .npz, .h5 or .hdf5, or a folder of files .npy.")
         padding, shape = self.augment.crop_padding, self.image_shape
