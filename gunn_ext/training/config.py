@@ -18,12 +18,15 @@ import torch
 from gunn_ext.training import checks
 from gunn_ext.training.data_config import (
     DATASETS,
+    FILES,
     LARGEST_SEED,
     NATURAL,
     CifarConfig,
     DigitsConfig,
     FakeConfig,
+    FolderConfig,
     ShapesConfig,
+    ValidationConfig,
 )
 from gunn_ext.training.errors import ConfigError
 from gunn_ext.training.optimization_config import OptimizerConfig, ScheduleConfig
@@ -39,7 +42,8 @@ class AugmentConfig:
     Args:
         mirror: Mirror with probability 1/2; null: where the data set allows it (digits and arrays do not).
         crop_padding: Shift by up to this many pixels, filling with the mean colour; null: an eighth of the height on
-            natural images, a sixteenth on digits, 0 on arrays.
+            natural images, a sixteenth on digits, 0 on arrays
+            and on files, which are cropped anyway.
         cyclic_shift: With probability 2/3, roll by a uniform offset along one axis.
     """
 
@@ -62,7 +66,7 @@ class Config:
 
     Args:
         model: A registered model; `gunn models` lists them.
-        data: Data set: digits, shapes, cifar10, cifar100, arrays or fake.
+        data: Data set: digits, shapes, cifar10, cifar100, arrays, folder, imagenet or fake.
         data_path: File or folder of a data set that is read from disk; null: the folder data.
         epochs: Passes over the training split.
         batch_size: Images of a training step.
@@ -86,7 +90,9 @@ class Config:
         digits: Options of the data set digits.
         shapes: Options of the data set shapes.
         cifar: Options of the data sets cifar10 and cifar100.
+        folder: Options of the data sets folder and imagenet.
         fake: Options of the data set fake.
+        validation: A split held out of the training images.
 
     Raises:
         ConfigError: A value is of the wrong type, not finite or out of range.
@@ -117,7 +123,9 @@ class Config:
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     cifar: CifarConfig = field(default_factory=CifarConfig)
+    folder: FolderConfig = field(default_factory=FolderConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         """Check the values, and those that depend on each other."""
@@ -178,8 +186,13 @@ class Config:
         """(C, H, W) of the images of this data set; None where only its files know."""
         if self.data == "arrays":
             return None
-        size = self.digits.image_size
-        return {"digits": (1, size, size), "fake": self.fake.shape}.get(self.data, (3, 32, 32))
+        if self.data == "fake":
+            return self.fake.shape
+        channels, size = {
+            "digits": (1, self.digits.image_size),
+            **dict.fromkeys(FILES, (3, self.folder.image_size)),
+        }.get(self.data, (3, 32))
+        return channels, size, size
 
     @property
     def run_directory(self) -> Path:
@@ -189,7 +202,7 @@ class Config:
     def resolved(self) -> Config:
         """The same settings with every null replaced by what it stands for; the device stays as it was asked for."""
         natural, shape = self.data in NATURAL, self.image_shape
-        padding = 0 if shape is None else min(shape[1:]) // (8 if natural else 16)
+        padding = 0 if shape is None or self.data in FILES else min(shape[1:]) // (8 if natural else 16)
         augment = replace(
             self.augment,
             mirror=natural if self.augment.mirror is None else self.augment.mirror,

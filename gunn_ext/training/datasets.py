@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from gunn_ext.data import CIFAR10, CIFAR100, ImageDataset, load_arrays, load_cifar, load_digits, make_fake, make_shapes
+from gunn_ext.data import (
+    CIFAR10,
+    CIFAR100,
+    Dataset,
+    FolderDataset,
+    ImageDataset,
+    hold_out,
+    load_arrays,
+    load_cifar,
+    load_digits,
+    load_folder,
+    make_fake,
+    make_shapes,
+)
 from gunn_ext.training.config import Config
+from gunn_ext.training.data_config import FILES
 
 DATA_FOLDER = "data"
 
 
-def load_data(config: Config, device: torch.device | str) -> ImageDataset:
-    """The data set of a configuration, on ``device``."""
+def load_data(config: Config, device: torch.device | str) -> Dataset:
+    """The data set of a configuration, on ``device``, with a validation split where one is asked for."""
+    data = _load(config, device)
+    validation = config.validation
+    return hold_out(data, validation.size, validation.seed) if validation.size else data
+
+
+def _load(config: Config, device: torch.device | str) -> ImageDataset | FolderDataset:
     if config.data == "fake":
         fake = config.fake
         return make_fake(fake.shape, fake.classes, fake.train_images, fake.test_images, fake.seed, device)
@@ -25,4 +47,7 @@ def load_data(config: Config, device: torch.device | str) -> ImageDataset:
         return load_cifar(published, config.data_path or DATA_FOLDER, coarse=config.cifar.coarse, device=device)
     if config.data == "arrays" and config.data_path is not None:
         return load_arrays(config.data_path, device)
+    if config.data in FILES:
+        options = dataclasses.asdict(config.folder)
+        return load_folder(config.data_path or DATA_FOLDER, name=config.data, device=device, **options)
     return load_digits(config.digits.image_size, device)
