@@ -180,6 +180,6 @@ def test_a_package_that_is_missing_or_broken_is_explained(tmp_path, monkeypatch)
     (tmp_path / "broken_package.py").write_text("raise RuntimeError('operator does\\nnot exist')")
     monkeypatch.syspath_prepend(tmp_path)
     assert try_import("broken_package") == (None, "RuntimeError: operator does not exist")
-    with pytest.raises(RuntimeError, match=r"operator does not exist\); pip install 'gunn-ext\[images\]'"):
-        require("broken_package", "images")
+    with pytest.raises(RuntimeError, match=r"operator does not exist\); pip install 'gunn-ext\[imagenet\]'"):
+        require("broken_package", "imagenet")
     assert try_import("json") == (sys.modules["json"], "")

@@ -189,7 +189,7 @@ def load_folder(
         ValueError: The test images have a class that the training images lack, or the classes are not ImageNet's.
         RuntimeError: Pillow is not installed.
     """
-    require("PIL.Image", "images")
+    require("PIL.Image", "imagenet")
     path = Path(path)
     found = [path / part for part in TEST_FOLDERS if (path / part).is_dir()]
     if not (path / "train").is_dir() or not found:

@@ -31,17 +31,21 @@ EIGENVECTORS = (
 )
 
 
-def open_image(path: Path) -> Any:
-    """Decode an image file completely, as a PIL image of mode RGB.
+def open_image(path: Path, mode: str = "RGB") -> Any:
+    """Decode an image file completely.
+
+    Args:
+        path: Of the file.
+        mode: Of the PIL image: ``"RGB"``, or ``"L"`` for grey.
 
     Raises:
         RuntimeError: Pillow is not installed.
         ValueError: The file is truncated or no image; the message names it.
     """
-    pil = require("PIL.Image", "images")
+    pil = require("PIL.Image", "imagenet")
     try:
         with pil.open(path) as image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be decoded ({error}); the file is damaged or no image.") from error
 
@@ -91,7 +95,7 @@ def evaluation_views(image: Any, resize: int, size: int, *, ten_crop: bool) -> T
 
 
 def _scaled(image: Any, width: int, height: int) -> Any:
-    return image.resize((width, height), require("PIL.Image", "images").Resampling.BILINEAR)
+    return image.resize((width, height), require("PIL.Image", "imagenet").Resampling.BILINEAR)
 
 
 def _to_tensor(image: Any) -> Tensor:

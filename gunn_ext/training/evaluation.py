@@ -71,7 +71,7 @@ def classify(model: nn.Module, inputs: Tensor) -> Tensor:
     Returns:
         ``(B, classes)``.
     """
-    if inputs.dim() == 4:
+    if inputs.dim() != 5:
         return model(inputs)
     logits = model(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
     return torch.logsumexp(F.log_softmax(widened(logits), 2), 1) - math.log(inputs.shape[1])
