@@ -6,6 +6,10 @@ import importlib
 from types import ModuleType
 
 
+class MissingPackageError(RuntimeError):
+    """A package of one of the extras is needed and cannot be imported."""
+
+
 def try_import(name: str) -> tuple[ModuleType | None, str]:
     """Import a package that may be missing or broken.
 
@@ -31,9 +35,11 @@ def require(name: str, extra: str) -> ModuleType:
         extra: Of gunn_ext, that installs it.
 
     Raises:
-        RuntimeError: It cannot be imported; the message says why and what to install.
+        MissingPackageError: It cannot be imported; the message says why and what to install.
     """
     module, reason = try_import(name)
     if module is None:
-        raise RuntimeError(f"{name} is needed here but cannot be imported ({reason}); pip install 'gunn-ext[{extra}]'.")
+        raise MissingPackageError(
+            f"{name} is needed here but cannot be imported ({reason}); pip install 'gunn-ext[{extra}]'."
+        )
     return module

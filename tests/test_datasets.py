@@ -1,10 +1,12 @@
 """The data sets as settings ask for them: bad settings are refused by name, files are found, runs are made of them."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 
+from gunn_ext import cli
 from gunn_ext._optional import try_import
 from gunn_ext.training import (
     CifarConfig,
@@ -121,5 +123,21 @@ def test_arrays_are_read_and_not_augmented_unless_asked(tmp_path):
 
 
 def test_cifar_is_looked_for_in_the_folder_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no CIFAR-100 here"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: no CIFAR-100 here"):
         load_data(Config(data="cifar100", data_path=str(tmp_path)), "cpu")
+
+
+def test_a_missing_package_is_a_matter_of_settings(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "a.h5").touch()
+    with pytest.raises(ConfigError, match=r"pip install 'gunn-ext\[hdf5\]'"):
+        load_data(Config(data="arrays", data_path=str(tmp_path / "a.h5")), "cpu")
+
+
+def test_the_command_says_what_is_missing_in_one_line_and_makes_nothing(tmp_path, capsys):
+    arguments = ["train", "--data=cifar10", f"--data-path={tmp_path}", f"--output={tmp_path / 'run'}"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"gunn: error: {tmp_path}: no CIFAR-10 here. Fetch cifar-10-binary.tar.gz or")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

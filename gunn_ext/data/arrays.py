@@ -33,7 +33,7 @@ def load_arrays(path: Path | str, device: torch.device | str = "cpu") -> ImageDa
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: An array is missing, or not of images or labels as above; the message names it.
-        RuntimeError: An HDF5 file, and h5py is not installed.
+        MissingPackageError: An HDF5 file, and h5py is not installed.
     """
     path = Path(path)
     arrays = _named(_read(path), path)

@@ -187,7 +187,7 @@ def load_folder(
     Raises:
         FileNotFoundError: A folder is missing or holds no images.
         ValueError: The test images have a class that the training images lack, or the classes are not ImageNet's.
-        RuntimeError: Pillow is not installed.
+        MissingPackageError: Pillow is not installed.
     """
     require("PIL.Image", "imagenet")
     path = Path(path)

@@ -22,7 +22,7 @@ def read_hdf5(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         Those that are there, by their name in the file.
 
     Raises:
-        RuntimeError: h5py is not installed.
+        MissingPackageError: h5py is not installed.
         ValueError: The file is damaged, or an array is not one of numbers.
     """
     h5py = require("h5py", "hdf5")

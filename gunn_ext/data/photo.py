@@ -39,7 +39,7 @@ def open_image(path: Path, mode: str = "RGB") -> Any:
         mode: Of the PIL image: ``"RGB"``, or ``"L"`` for grey.
 
     Raises:
-        RuntimeError: Pillow is not installed.
+        MissingPackageError: Pillow is not installed.
         ValueError: The file is truncated or no image; the message names it.
     """
     pil = require("PIL.Image", "imagenet")

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from gunn_ext._optional import MissingPackageError
 from gunn_ext.data import (
     CIFAR10,
     CIFAR100,
@@ -22,13 +23,22 @@ from gunn_ext.data import (
 )
 from gunn_ext.training.config import Config
 from gunn_ext.training.data_config import FILES
+from gunn_ext.training.errors import ConfigError
 
 DATA_FOLDER = "data"
 
 
 def load_data(config: Config, device: torch.device | str) -> Dataset:
-    """The data set of a configuration, on ``device``, with a validation split where one is asked for."""
-    data = _load(config, device)
+    """The data set of a configuration, on ``device``, with a validation split where one is asked for.
+
+    Raises:
+        ConfigError: Its files are not where the settings say, or a package that reads them is not installed.
+        ValueError: A file is damaged or holds something else.
+    """
+    try:
+        data = _load(config, device)
+    except (FileNotFoundError, MissingPackageError) as error:
+        raise ConfigError(str(error)) from error
     validation = config.validation
     return hold_out(data, validation.size, validation.seed) if validation.size else data
 
