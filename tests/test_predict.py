@@ -65,7 +65,7 @@ def test_other_sizes_are_scaled_to_cover_and_cut_from_the_middle():
     [
         (lambda f: f / "none.png", "none.png: no such file or folder."),
         (lambda f: (f / "x.txt", (f / "x.txt").write_text("a"))[0], "x.txt: unknown kind of file; expected .npy .png"),
-        (lambda f: (f / "x.png", (f / "x.png").write_bytes(b"\x89PNG"))[0], "x.png: cannot be read as an image"),
+        (lambda f: (f / "x.png", (f / "x.png").write_bytes(b"\x89PNG"))[0], "x.png: cannot be decoded"),
         (lambda f: (f / "x.npy", (f / "x.npy").write_bytes(b"junk"))[0], "x.npy: not a .npy array"),
         (
             lambda f: (f / "x.npy", np.save(f / "x.npy", np.zeros((8, 8, 3))))[0],
@@ -86,10 +86,11 @@ def test_what_is_no_image_is_one_line(finished, capsys, tmp_path, make, message)
 def test_pictures_need_pillow_and_arrays_do_not(finished, capsys, tmp_path, monkeypatch):
     output, data = finished
     save(tmp_path, data.test.images)
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    for name in ("PIL", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert run(capsys, "predict", output, tmp_path / "0.npy")[0] == 0
     outcome = run(capsys, "predict", output, tmp_path / "below")
-    assert_one_line_error(outcome, "pictures need Pillow", 'pip install "gunn-ext[images]"', "or give .npy files")
+    assert_one_line_error(outcome, "PIL.Image is needed here", "gunn-ext[imagenet]")
 
 
 def test_pictures_become_what_the_network_takes(tmp_path):
@@ -110,3 +111,41 @@ def test_a_checkpoint_of_other_classes_than_the_data_is_told(finished, capsys, t
     before = sorted(os.listdir(output))
     assert_one_line_error(run(capsys, "eval", output), "for 4 classes and 3 channels, but the data set fake has 5")
     assert sorted(os.listdir(output)) == before
+
+
+def test_what_is_trained_on_files_is_predicted_as_it_is_evaluated():
+    ramp = torch.arange(16.0).expand(1, 8, 16)
+    assert fitted(ramp, 4, 4, shorter=8).tolist() == [[[6.0, 7.0, 8.0, 9.0]] * 4]
+
+
+def test_ten_views_are_for_data_from_files(finished, capsys):
+    assert_one_line_error(
+        run(capsys, "eval", finished[0], "--ten-crop"), "ten views are cut from files, data folder or"
+    )
+
+
+def test_ten_views_of_a_folder_are_averaged(tmp_path, capsys):
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(1)
+    for split, name, count in (("train", "a", 3), ("train", "b", 3), ("val", "a", 2), ("val", "b", 2)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = torch.randint(256, (12, 14, 3), generator=generator, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    settings = ["--data=folder", f"--data_path={tmp_path}/data", "--folder.image_size=8", "--folder.resize=10"]
+    settings += ["--folder.workers=0", "--batch-size=2", "--epochs=1", "--device=cpu", f"--output={tmp_path}/run"]
+    assert run(capsys, "train", *settings)[0] == 0
+    plain, ten = (
+        json.loads(run(capsys, "eval", tmp_path / "run", "--json", *more)[1]) for more in ([], ["--ten-crop"])
+    )
+    assert plain["count"] == ten["count"] == 4
+    assert plain["loss"] != ten["loss"]
+    trained = load_run(tmp_path / "run")
+    images = sorted((tmp_path / "data" / "val").rglob("*.png"))
+    status, out, _ = run(capsys, "predict", tmp_path / "run", *images)
+    assert status == 0
+    found = [row["probabilities"][0 if "/a/" in row["file"] else 1] for row in json.loads(out)]
+    assert trained.image_shape == (3, 8, 8)
+    assert -sum(torch.tensor(found).log().tolist()) / 4 == pytest.approx(plain["loss"], rel=1e-4)

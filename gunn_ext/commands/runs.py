@@ -18,14 +18,7 @@ def train(arguments: list[str]) -> int:
     """Train a network."""
     config, resume = parse_train_arguments(arguments)
     result = train_network(config, resume=resume, reporter=make_reporter())
-    if result.test_accuracy is None or result.best_accuracy is None:
-        print("no test images, hence no test accuracy")
-    else:
-        correct = round(result.test_accuracy * result.test_count)
-        print(
-            f"test accuracy {100 * result.test_accuracy:.2f} % ({correct} of {result.test_count}) after epoch "
-            f"{result.epochs}; best {100 * result.best_accuracy:.2f} % after epoch {result.best_epoch + 1}"
-        )
+    print(result.describe())
     print(
         f"trained in {result.train_seconds:.1f} s, {result.images_per_second:,.0f} images/s, backend {result.backend}"
     )
@@ -39,9 +32,12 @@ def evaluate(arguments: list[str]) -> int:
         prog="gunn eval", description="Evaluate the network of a run directory on the test images of its data set."
     )
     _add_run(parser)
+    parser.add_argument("--ten-crop", action="store_true", help="average ten views of each image (data from files)")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = parser.parse_args(arguments)
-    result = evaluate_run(options.run, options.checkpoint, options.device, ensemble=options.ensemble)
+    result = evaluate_run(
+        options.run, options.checkpoint, options.device, ensemble=options.ensemble, ten_crop=options.ten_crop
+    )
     if options.json:
         print(json.dumps(asdict(result) | {"accuracy": result.accuracy, "accuracy5": result.accuracy5}, indent=2))
     elif result.count == 0:

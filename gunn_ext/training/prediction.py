@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gunn_ext.data.photo import evaluation_views, open_image
+from gunn_ext.training.config import Config
+from gunn_ext.training.data_config import FILES
 from gunn_ext.training.device import resolve_device
 from gunn_ext.training.precision import autocast, widened
 from gunn_ext.training.runs import load_run
@@ -51,7 +54,7 @@ def predict_images(
     found = []
     for start in range(0, len(files), config.eval_batch_size):
         some = files[start : start + config.eval_batch_size]
-        images = torch.stack([fitted(read_image(file, channels), height, width) for file in some]).to(where)
+        images = torch.stack([prepared(file, config, channels, height, width) for file in some]).to(where)
         with torch.no_grad(), autocast(where, getattr(torch, config.precision)):
             logits = trained.model((images - mean) / std)
         for file, row in zip(some, widened(logits).softmax(1).tolist(), strict=True):
@@ -80,6 +83,15 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         else:
             raise ValueError(f"{path}: no such file or folder.")
     return files
+
+
+def prepared(path: Path, config: Config, channels: int, height: int, width: int) -> Tensor:
+    """An image as the network of a run is evaluated on it, ``(C, height, width)`` float32 on the scale 0 … 255."""
+    if config.data not in FILES:
+        return fitted(read_image(path, channels), height, width)
+    if path.suffix.lower() in PICTURES:
+        return evaluation_views(open_image(path), config.folder.resize, height, ten_crop=False).to(torch.float32)
+    return fitted(read_image(path, channels), height, width, config.folder.resize)
 
 
 def read_image(path: Path, channels: int) -> Tensor:
@@ -113,9 +125,16 @@ def read_image(path: Path, channels: int) -> Tensor:
     return torch.from_numpy(np.moveaxis(array, 2, 0).astype(np.float32))
 
 
-def fitted(image: Tensor, height: int, width: int) -> Tensor:
-    """Scale ``(C, H, W)`` so that it just covers ``height`` by ``width``, and cut that out of its middle."""
-    scale = max(height / image.shape[1], width / image.shape[2])
+def fitted(image: Tensor, height: int, width: int, shorter: int = 0) -> Tensor:
+    """Scale ``(C, H, W)`` so that it just covers ``height`` by ``width``, and cut that out of its middle.
+
+    Args:
+        image: Of any size.
+        height: Of the result.
+        width: Of the result.
+        shorter: Least length of the shorter side that is cut from; what is trained on files is evaluated so.
+    """
+    scale = max(height / image.shape[1], width / image.shape[2], shorter / min(image.shape[1:]))
     size = (max(height, round(scale * image.shape[1])), max(width, round(scale * image.shape[2])))
     if size != tuple(image.shape[1:]):
         image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
@@ -124,19 +143,8 @@ def fitted(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _decode(path: Path, channels: int) -> np.ndarray:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ValueError(
-            f'{path}: pictures need Pillow, which cannot be imported here ({error}); pip install "gunn-ext[images]", '
-            "or give .npy files."
-        ) from error
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"{path}: the network takes {channels} channels, pictures have 1 or 3; give .npy files.")
-    try:
-        with Image.open(path) as picture:
-            array = np.asarray(picture.convert(mode))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all of these on damaged files
-        raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
+    array = np.asarray(open_image(path, mode))
     return array if channels == 3 else array[..., None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from gunn_ext.models import create_model
 from gunn_ext.training.checkpoint import load_checkpoint, load_weights
 from gunn_ext.training.config import Config
+from gunn_ext.training.data_config import FILES
 from gunn_ext.training.datasets import load_data
 from gunn_ext.training.device import resolve_device
 from gunn_ext.training.errors import CheckpointError, ConfigError
@@ -85,7 +86,7 @@ def load_run(
         model=models[0] if ensemble is None else Ensemble(models).eval(),
         config=config,
         classes=facts["num_classes"],
-        image_shape=tuple(content["image_shape"] or config.image_shape),
+        image_shape=tuple(content["image_shape"] or config.image_shape or load_data(config, device).image_shape),
         mean=tuple(normalization["mean"]),
         std=tuple(normalization["std"]),
         files=tuple(files),
@@ -93,7 +94,12 @@ def load_run(
 
 
 def evaluate_run(
-    path: Path | str, checkpoint: str = "last", device: str = "auto", *, ensemble: int | None = None
+    path: Path | str,
+    checkpoint: str = "last",
+    device: str = "auto",
+    *,
+    ensemble: int | None = None,
+    ten_crop: bool = False,
 ) -> Evaluation:
     """Evaluate a run's network on the test split of its data, in the precision of the run.
 
@@ -102,14 +108,20 @@ def evaluate_run(
         checkpoint: ``"last"`` or ``"best"``.
         device: As in `Config`.
         ensemble: As in `load_run`.
+        ten_crop: Average ten views of each image, where the data set is one of files.
 
     Raises:
+        ConfigError: The data set has no ten views.
         RunDirectoryError: There is no run.
         CheckpointError: A checkpoint is missing, damaged, of another model or of other classes than the data has.
     """
     where = resolve_device(device)
     trained = load_run(path, checkpoint, where, ensemble=ensemble)
     config = trained.config
+    if ten_crop:
+        if config.data not in FILES:
+            raise ConfigError(f"ten views are cut from files, data {' or '.join(FILES)}; this run has {config.data}.")
+        config = replace(config, folder=replace(config.folder, ten_crop=True))
     data = load_data(config, where)
     if (data.classes, data.image_shape[0]) != (trained.classes, trained.image_shape[0]):
         raise CheckpointError(
