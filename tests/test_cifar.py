@@ -219,23 +219,21 @@ def test_a_file_of_the_wrong_size_is_refused_with_sizes(tmp_path, change):
         load_cifar(published, tmp_path)
 
 
-def test_a_label_out_of_range_is_refused(tmp_path):
-    published = write(tmp_path, "cifar10", "binary")
-    file = tmp_path / "cifar-10-batches-bin" / "test_batch.bin"
-    data = bytearray(file.read_bytes())
-    data[3 * 3073] = 10
-    file.write_bytes(data)
-    with pytest.raises(ValueError, match="test_batch.bin: label 10 of image 3, expected 0 to 9"):
-        load_cifar(published, tmp_path)
-
-
-def test_a_label_too_often_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda label: 10, "data_batch_1.bin: label 10 of image 3, expected 0 to 9"),
+        (lambda label: (label + 1) % 10, "training images: [46] have label ., expected 5 of every one"),
+    ],
+    ids=["out of range", "too often"],
+)
+def test_a_wrong_label_is_refused(tmp_path, change, message):
     published = write(tmp_path, "cifar10", "binary")
     file = tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin"
     data = bytearray(file.read_bytes())
-    data[0] = (data[0] + 1) % 10
+    data[3 * 3073] = change(data[3 * 3073])
     file.write_bytes(data)
-    with pytest.raises(ValueError, match="training images: [46] have label ., expected 5 of every one"):
+    with pytest.raises(ValueError, match=message):
         load_cifar(published, tmp_path)
 
 

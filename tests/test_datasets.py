@@ -109,8 +109,11 @@ def test_image_files_are_trained_on_and_evaluated(tmp_path):
     assert result.test_accuracy == (softmax.argmax(1) == views[0][1]).double().mean()
 
 
-def test_where_the_data_lie_is_no_difference_between_runs():
-    assert not differences(Config(data="cifar10", data_path="a"), Config(data="cifar10", data_path="b"))
+def test_where_the_data_lie_and_who_decodes_is_no_difference_between_runs():
+    here = Config(data="folder", data_path="a", folder=FolderConfig(workers=1))
+    there = Config(data="folder", data_path="b", folder=FolderConfig(workers=2))
+    assert not differences(here, there)
+    assert differences(Config(), Config(validation=ValidationConfig(size=9))) == {"validation.size": (0.0, 9)}
 
 
 def test_arrays_are_read_and_not_augmented_unless_asked(tmp_path):

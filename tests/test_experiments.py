@@ -130,3 +130,11 @@ def test_curves_are_drawn_and_written_as_numbers(swept, capsys, tmp_path):
     outcome = run(capsys, "curves", folder / "lr=1e38-seed0", "--output", tmp_path / "d.png")
     assert_one_line_error(outcome, "has no finished epoch yet")
     assert not (tmp_path / "d.png").exists()
+
+
+def test_runs_with_a_validation_split_are_drawn_by_it(capsys, tmp_path):
+    assert run(capsys, "train", *MADE, "--validation.size=8", f"--output={tmp_path}/run")[0] == 0
+    (curve,) = read_curves([tmp_path / "run"])
+    records = read_metrics(tmp_path / "run")
+    assert [record["test_accuracy"] for record in records] == [None, None]
+    assert curve.test_error == pytest.approx([100 * (1 - record["validation_accuracy"]) for record in records])

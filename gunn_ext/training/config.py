@@ -226,14 +226,15 @@ class Config:
 
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configurations differ, by dotted name; where a run or its data lie is left out, and on
-    what it ran.
+    """The settings in which two configurations differ, by dotted name.
+
+    What does not change a result is left out: where a run and its data lie, on what it ran, with how many workers.
     """
     flat_ours, flat_theirs = (flattened(config.resolved().to_dict()) for config in (ours, theirs))
     return {
         name: (value, flat_theirs[name])
         for name, value in flat_ours.items()
-        if value != flat_theirs[name] and name not in ("output", "device", "data_path")
+        if value != flat_theirs[name] and name not in ("output", "device", "data_path", "folder.workers")
     }
 
 

@@ -22,7 +22,7 @@ class Curve:
     Attributes:
         label: The settings that tell it from the others.
         runs: How many.
-        test_error: On the test images.
+        test_error: On the test images; of runs that hold a validation split out, on that.
         test_std: Its sample standard deviation; NaN for one run.
         train_error: On the training images as they were met, augmented, by a network on its way; NaN where a run of an
             older version has not noted it.
@@ -70,7 +70,7 @@ def read_curves(runs: Sequence[Path]) -> list[Curve]:
         own = [value if name == "model" else f"{name} {value}" for name, value in special]
         facts = dict(settings)
         length = max(map(len, members))
-        tests = [_errors(members, epoch, "test_accuracy") for epoch in range(length)]
+        tests = [_errors(members, epoch, "test_accuracy", "validation_accuracy") for epoch in range(length)]
         trains = [_errors(members, epoch, "train_accuracy") for epoch in range(length)]
         curves.append(
             Curve(
@@ -111,6 +111,10 @@ def _settings(config: Config) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in settings.items() if name not in _NO_MATTER)
 
 
-def _errors(members: Sequence[Sequence[dict]], epoch: int, name: str) -> list[float]:
-    values = [records[epoch].get(name) for records in members if epoch < len(records)]
-    return [math.nan if value is None else 100 * (1 - value) for value in values]
+def _errors(members: Sequence[Sequence[dict]], epoch: int, *names: str) -> list[float]:
+    """Of each run that has this epoch, by the first of some accuracies it has noted; NaN for none."""
+    found = []
+    for record in (records[epoch] for records in members if epoch < len(records)):
+        noted = [record[name] for name in names if record.get(name) is not None]
+        found.append(100 * (1 - noted[0]) if noted else math.nan)
+    return found
