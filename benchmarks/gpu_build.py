@@ -99,7 +99,8 @@ def units(nvcc: str, architecture: str) -> list[Unit]:
     x86 = platform.machine() in ("x86_64", "AMD64")
     host = ",".join(["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"])
     device = f"--generate-code=arch=compute_{architecture},code=sm_{architecture}"
-    cuda = [nvcc, *COMMON, device, "-lineinfo", "-Xptxas=-v", f"-Xcompiler={host}"]
+    # Few files, many cores: the largest one alone would take most of the time.
+    cuda = [nvcc, *COMMON, device, "-lineinfo", "-Xptxas=-v", "--split-compile=4", f"-Xcompiler={host}"]
     work = [Unit(path.stem, [*cuda, "-c", str(path)]) for path in sorted(SOURCES.glob("cuda/*.cu"))]
     for name, (size, flags) in LEVELS.items():
         if x86 or name == "baseline":

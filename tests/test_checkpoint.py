@@ -29,10 +29,19 @@ def test_what_is_saved_is_loaded_and_torch_reads_it_without_our_classes(tmp_path
     path, saved = tmp_path / "last.pt", content()
     save_checkpoint(path, saved)
     for loaded in (load_checkpoint(path), torch.load(path, weights_only=True)):
-        assert (loaded["format"], loaded["version"]) == ("gunn_ext.checkpoint", 1)
+        assert (loaded["format"], loaded["version"]) == ("gunn_ext.checkpoint", 2)
         assert loaded["config"] == saved["config"]
         assert torch.equal(loaded["model_state"]["weight"], saved["model_state"]["weight"])
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_checkpoint_of_version_1_is_read_with_what_it_lacked(tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save({"format": "gunn_ext.checkpoint", "version": 1, **content()}, path)
+    loaded = load_checkpoint(path)
+    assert (loaded["scaler_state"], loaded["average_state"], loaded["steps_taken"]) == (None, None, 0)
+    load_weights(model := torch.nn.Linear(3, 2), loaded, path, averaged=True)
+    assert torch.equal(model.weight, loaded["model_state"]["weight"])
 
 
 def test_a_failing_write_leaves_the_old_checkpoint_and_no_rubbish(tmp_path, monkeypatch):
@@ -86,8 +95,8 @@ def test_foreign_missing_newer_and_incomplete_files_are_told_apart(tmp_path):
     torch.save({"weights": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of gunn_ext"):
         load_checkpoint(path)
-    torch.save({"format": "gunn_ext.checkpoint", "version": 2}, path)
-    with pytest.raises(CheckpointError, match="checkpoint version 2, this gunn_ext reads version 1"):
+    torch.save({"format": "gunn_ext.checkpoint", "version": 3}, path)
+    with pytest.raises(CheckpointError, match="checkpoint version 3, this gunn_ext reads versions 1 and 2"):
         load_checkpoint(path)
     save_checkpoint(path, {"config": {}})
     with pytest.raises(CheckpointError, match=r"incomplete, without best, epoch, model"):
@@ -107,7 +116,7 @@ def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path):
 
 def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path):
     model, path = GunnLayer(8, 4), tmp_path / "last.pt"
-    other = {"model": {"name": "other"}, "model_state": GunnLayer(8, 2).state_dict()}
+    other = {"model": {"name": "other"}, "model_state": GunnLayer(8, 2).state_dict(), "average_state": None}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, other, path)
@@ -116,7 +125,7 @@ def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path):
     assert "units.0.project.weight is (2, 4, 8), expected (4, 2, 4)" in text
     assert text.endswith("the checkpoint holds model 'other'.")
     with pytest.raises(CheckpointError, match="weight is missing"):
-        load_weights(torch.nn.Linear(2, 2), {"model": {}, "model_state": {}}, path)
+        load_weights(torch.nn.Linear(2, 2), {"model": {}, "model_state": {}, "average_state": None}, path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 

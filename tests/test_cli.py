@@ -79,7 +79,7 @@ def test_a_saved_configuration_is_a_file_for_config(tmp_path):
         (["--lr", "abc"], "lr: expected a float, got abc."),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0."),
         (["--batch-size", "2.5"], "batch_size: expected an int, got 2.5."),
-        (["--data", "digit"], "data must be one of digits, fake, got 'digit'. Did you mean 'digits'?"),
+        (["--data", "digit"], "data must be one of digits, shapes, fake, got 'digit'. Did you mean 'digits'?"),
         (["--model", "gun15"], "Unknown model 'gun15'. Did you mean gunn15"),
         (["--lr"], "argument --lr: expected one argument"),
         (["gunn15"], "unexpected argument 'gunn15'; settings are given as --name value."),

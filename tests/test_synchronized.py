@@ -47,7 +47,8 @@ def test_ranks_are_one_process_with_the_whole_batch(sizes, tmp_path):
 
 def test_conversion_keeps_tensors_modes_and_sharing():
     norm = nn.BatchNorm2d(8, eps=1e-3, momentum=None)
-    model = nn.Sequential(norm, GunnLayer(8, 4), nn.Sequential(norm, ReferenceGunnLayer(8, 2)), nn.BatchNorm2d(8).eval())
+    twice = nn.Sequential(norm, ReferenceGunnLayer(8, 2))
+    model = nn.Sequential(norm, GunnLayer(8, 4), twice, nn.BatchNorm2d(8).eval())
     model[0].weight.requires_grad_(False)
     before = model.state_dict(keep_vars=True)
     converted = convert_sync_batchnorm(model)

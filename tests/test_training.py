@@ -1,4 +1,4 @@
-"""The training engine: schedule and settings as numbers, resuming bit by bit, interruption, divergence, evaluation."""
+"""The training engine: settings as numbers, resuming bit by bit, interruption, divergence, evaluation."""
 
 import io
 import json
@@ -10,13 +10,11 @@ import signal
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
 from gunn_ext import GunnLayer
-from gunn_ext.data import Split
+from gunn_ext.data import ImageDataset, Split
 from gunn_ext.training import (
     AugmentConfig,
     CheckpointError,
@@ -36,7 +34,6 @@ from gunn_ext.training import (
     load_checkpoint,
     load_config,
     save_config,
-    step_learning_rate,
     train,
 )
 from gunn_ext.training.progress import BarReporter, clock, epoch_line
@@ -104,35 +101,6 @@ class SignalAt(SilentReporter):
             self.steps_after += 1
 
 
-# schedule -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_rate_drops_at_epochs_149_and_224_of_300():
-    rates = [step_learning_rate(epoch, 300, base=0.1) for epoch in range(300)]
-    expected = [0.1] * 149 + [0.01] * 75 + [0.001] * 76
-    assert rates == pytest.approx(expected, rel=1e-12)
-    assert [e for e in range(1, 300) if rates[e] < rates[e - 1]] == [149, 224]
-
-
-@given(epochs=st.integers(1, 400), epoch=st.integers(0, 399))
-def test_the_rate_follows_the_formula(epochs, epoch):
-    if epoch < epochs:
-        exponent = (epoch + 1 >= 0.5 * epochs) + (epoch + 1 >= 0.75 * epochs)
-        assert step_learning_rate(epoch, epochs, base=0.1) == pytest.approx(0.1 * 10.0**-exponent, rel=1e-12)
-
-
-def test_other_drops_and_factors():
-    rates = [step_learning_rate(e, 4, base=1.0, drops=(1.0,), factor=0.5) for e in range(4)]
-    assert rates == [1.0, 1.0, 1.0, 0.5]
-    assert step_learning_rate(3, 4, base=0.3, drops=()) == 0.3
-
-
-@pytest.mark.parametrize("epoch", [-1, 4])
-def test_epochs_outside_the_run_are_refused(epoch):
-    with pytest.raises(ValueError, match=f"epoch must lie in 0 … 3, got {epoch}"):
-        step_learning_rate(epoch, 4, base=0.1)
-
-
 # settings -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +156,7 @@ def test_a_missing_file_is_named(tmp_path):
         (lambda: Config(lr=math.inf), "lr must be a finite number above 0, got inf."),
         (lambda: Config(lr=0), "lr must be a finite number above 0, got 0."),
         (lambda: Config(seed=-1), "seed must be from 0 to 4294967295, got -1."),
-        (lambda: Config(data="digit"), "data must be one of digits, fake, got 'digit'. Did you mean 'digits'?"),
+        (lambda: Config(data="digit"), "data must be one of digits, shapes, fake, got 'digit'. Did you mean 'digits'?"),
         (lambda: Config(device="tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'."),
         (lambda: Config(model=""), "model must be a text, got ''."),
         (lambda: Config(optimizer={}), "optimizer must be a OptimizerConfig, got {}."),
@@ -263,7 +231,7 @@ def test_the_summary_accuracy_is_that_of_the_last_checkpoint(tmp_path):
     from gunn_ext.training import load_data
 
     data = load_data(config, "cpu")
-    again = evaluate(model, data.test, data.normalize)
+    again = evaluate(model, data.evaluation_batches(data.test, 256))
     assert again.accuracy == result.test_accuracy
     assert result.test_count == again.count == 21
 
@@ -514,7 +482,9 @@ class Threshold(nn.Module):
 def test_every_image_is_counted_once_whatever_the_batch_size(batch_size):
     images = torch.tensor([0, 255, 255, 0, 255, 0, 255], dtype=torch.uint8).view(7, 1, 1, 1)
     labels = torch.tensor([0, 1, 1, 0, 0, 1, 1])
-    result = evaluate(Threshold(), Split(images, labels), lambda x: x.float() / 255 - 0.5, batch_size)
+    split = Split(images, labels)
+    data = ImageDataset("bits", split, split, 2, mean=(127.5,), std=(255.0,), mirror=True)
+    result = evaluate(Threshold(), data.evaluation_batches(split, batch_size))
     assert (result.count, result.correct, result.accuracy) == (7, 5, 5 / 7)
     # Logits (0, ±0.5): the loss is log(1 + exp(-0.5)) for each right one and log(1 + exp(0.5)) for each wrong one ...
     right, wrong = math.log1p(math.exp(-0.5)), math.log1p(math.exp(0.5))
@@ -522,8 +492,7 @@ def test_every_image_is_counted_once_whatever_the_batch_size(batch_size):
 
 
 def test_evaluating_nothing_counts_nothing():
-    empty = Split(torch.empty(0, 1, 2, 2, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-    result = evaluate(Threshold(), empty, lambda x: x.float())
+    result = evaluate(Threshold(), [])
     assert (result.count, result.correct) == (0, 0)
     assert math.isnan(result.accuracy)
     assert math.isnan(result.loss)
@@ -534,8 +503,7 @@ def test_evaluation_restores_every_modules_mode_and_no_statistics_move():
     model[1].freeze_batch_norm()
     modes = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    split = Split(torch.randint(256, (5, 2, 6, 6), dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 0]))
-    evaluate(model, split, lambda x: x.float() / 255)
+    evaluate(model, [(torch.rand(5, 2, 6, 6), torch.tensor([0, 1, 2, 3, 0]))])
     assert [module.training for module in model.modules()] == modes
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

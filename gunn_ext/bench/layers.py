@@ -18,9 +18,10 @@ from gunn_ext.bench.contest import Contest, Entry, Settings
 from gunn_ext.bench.memory import peak_bytes, saved_bytes
 from gunn_ext.bench.peers import Peer, asking, asking_for, peers_of, served_driver
 from gunn_ext.bench.rows import Row
-from gunn_ext.bench.steps import FORMATS, LayerStep, Replay
+from gunn_ext.bench.steps import FORMATS, LayerStep
 from gunn_ext.bench.timing import Work
 from gunn_ext.bench.verify import Yardstick, initial_state
+from gunn_ext.graph import Replay
 
 
 def predicted_ms(

@@ -19,10 +19,12 @@ from gunn_ext.bench.networks import input_of, network
 from gunn_ext.bench.others import OTHERS
 from gunn_ext.bench.peers import Peer, asking, asking_for, peers_of
 from gunn_ext.bench.rows import Row
-from gunn_ext.bench.steps import FORMATS, Replay, autocast
+from gunn_ext.bench.steps import FORMATS
 from gunn_ext.bench.timing import Work
 from gunn_ext.bench.verify import FACTOR, FEW, WrongResult, relative_error, rounding
+from gunn_ext.graph import Replay
 from gunn_ext.models import model_spec
+from gunn_ext.training.precision import autocast
 
 DEFAULT = ("gunn15",)
 

@@ -1,22 +1,16 @@
-"""One pass as it is timed: of a layer, forward and backward or evaluation; plain, or replayed from a CUDA graph."""
+"""One pass as it is timed: of a layer, forward and backward or evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gunn_ext.training.precision import autocast
+
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-_WARM_UP = 3
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast for 16-bit dtypes, disabled for others."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(device.type, dtype if narrow else torch.bfloat16, enabled=narrow)
 
 
 class LayerStep:
@@ -68,30 +62,3 @@ class LayerStep:
         """Outputs of a call by name."""
         names = ("y", "grad x", *self.names) if self.training else ("y",)
         return dict(zip(names, outputs, strict=True))
-
-
-class Replay:
-    """``work`` captured in a CUDA graph; a call replays it.
-
-    Holds ``work``, hence everything the graph reads, for as long as it can be replayed.
-
-    Attributes:
-        outputs: What ``work`` returned; filled in anew by every replay.
-    """
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        """Warm up on a side stream, as capturing asks for, and capture."""
-        self.work = work
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = work()
-
-    def __call__(self) -> None:
-        """Replay."""
-        self.graph.replay()

@@ -4,6 +4,7 @@ from gunn_ext.data.augment import Augmentation, augment, cyclic_shift, mirror, s
 from gunn_ext.data.dataset import ImageDataset, Split, batches
 from gunn_ext.data.digits import load_digits
 from gunn_ext.data.fake import make_fake
+from gunn_ext.data.shapes import make_shapes
 
 __all__ = [
     "Augmentation",
@@ -14,6 +15,7 @@ __all__ = [
     "cyclic_shift",
     "load_digits",
     "make_fake",
+    "make_shapes",
     "mirror",
     "shift_crop",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from gunn_ext.data.augment import Augmentation, augment
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,31 @@ class ImageDataset:
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return (images.to(torch.float32) - mean) / std
+
+    def training_batches(
+        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, normalised and augmented.
+
+        Args:
+            order: Indices of the images of each batch, see `batches`.
+            augmentation: What is done to the images.
+            generator: Source of all random numbers.
+
+        Yields:
+            Inputs ``(B, C, H, W)`` float32 and labels ``(B,)``.
+        """
+        for chosen in order:
+            yield augment(self.normalize(self.train.images[chosen]), augmentation, generator), self.train.labels[chosen]
+
+    def evaluation_batches(self, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image of a split once, in its order, normalised; the last batch may be smaller.
+
+        Yields:
+            Inputs ``(B, C, H, W)`` float32 and labels ``(B,)``.
+        """
+        for start in range(0, len(split), batch_size):
+            yield self.normalize(split.images[start : start + batch_size]), split.labels[start : start + batch_size]
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

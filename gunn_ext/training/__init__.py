@@ -6,16 +6,9 @@
 """
 
 from gunn_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from gunn_ext.training.config import (
-    AugmentConfig,
-    Config,
-    DigitsConfig,
-    FakeConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    load_config,
-    save_config,
-)
+from gunn_ext.training.config import AugmentConfig, Config, load_config, save_config
+from gunn_ext.training.data_config import DigitsConfig, FakeConfig, ShapesConfig
+from gunn_ext.training.datasets import load_data
 from gunn_ext.training.errors import (
     CheckpointError,
     ConfigError,
@@ -23,10 +16,13 @@ from gunn_ext.training.errors import (
     RunDirectoryError,
     TrainingInterrupted,
 )
-from gunn_ext.training.evaluation import Evaluation, evaluate
+from gunn_ext.training.evaluation import Ensemble, Evaluation, evaluate
+from gunn_ext.training.optimization_config import OptimizerConfig, ScheduleConfig
 from gunn_ext.training.progress import BarReporter, LineReporter, Reporter, SilentReporter, make_reporter
-from gunn_ext.training.schedule import step_learning_rate
-from gunn_ext.training.trainer import Result, evaluate_run, load_data, train
+from gunn_ext.training.result import Result
+from gunn_ext.training.runs import Trained, evaluate_run, load_run
+from gunn_ext.training.schedule import learning_rate, step_learning_rate
+from gunn_ext.training.trainer import train
 
 __all__ = [
     "AugmentConfig",
@@ -36,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DigitsConfig",
     "DivergenceError",
+    "Ensemble",
     "Evaluation",
     "FakeConfig",
     "LineReporter",
@@ -44,13 +41,17 @@ __all__ = [
     "Result",
     "RunDirectoryError",
     "ScheduleConfig",
+    "ShapesConfig",
     "SilentReporter",
+    "Trained",
     "TrainingInterrupted",
     "evaluate",
     "evaluate_run",
+    "learning_rate",
     "load_checkpoint",
     "load_config",
     "load_data",
+    "load_run",
     "load_weights",
     "make_reporter",
     "save_checkpoint",

@@ -17,7 +17,9 @@ import torch
 from gunn_ext.training.errors import CheckpointError
 
 FORMAT = "gunn_ext.checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+_VERSION_1 = {"scaler_state": None, "average_state": None, "steps_taken": 0}  # what version 2 added, as 1 had it
 _KEYS = {"config", "model", "model_state", "optimizer_state", "epoch", "best", "progress", "normalization", "versions"}
 
 
@@ -67,24 +69,31 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise CheckpointError(f"{path}: damaged or no checkpoint ({reason}).{_elsewhere(path)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of gunn_ext (no format {FORMAT!r}).{_elsewhere(path)}")
-    if content.get("version") != VERSION:
+    if content.get("version") not in READABLE:
         raise CheckpointError(
-            f"{path}: checkpoint version {content.get('version')!r}, this gunn_ext reads version {VERSION}; use the "
-            "gunn_ext that wrote it, or a newer one."
+            f"{path}: checkpoint version {content.get('version')!r}, this gunn_ext reads versions "
+            f"{' and '.join(map(str, READABLE))}; use the gunn_ext that wrote it, or a newer one."
         )
     missing = sorted(_KEYS - content.keys())
     if missing:
         raise CheckpointError(f"{path}: incomplete, without {', '.join(missing)}.{_elsewhere(path)}")
-    return content
+    return _VERSION_1 | content
 
 
-def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
+def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, *, averaged: bool = False) -> None:
     """Copy the weights of a checkpoint into ``model``.
+
+    Args:
+        model: Of the same names and shapes.
+        content: Of the checkpoint.
+        path: Where it was read, for messages.
+        averaged: Take the moving average of the weights where the run kept one.
 
     Raises:
         CheckpointError: Names or shapes do not agree; the model is not changed.
     """
-    ours, theirs = model.state_dict(), content["model_state"]
+    average = content["average_state"] if averaged else None
+    ours, theirs = model.state_dict(), content["model_state"] if average is None else average
     problems = [f"{name} is missing" for name in ours.keys() - theirs.keys()]
     problems += [f"{name} is unknown" for name in theirs.keys() - ours.keys()]
     problems += [

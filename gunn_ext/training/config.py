@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -16,59 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from gunn_ext.training import checks
+from gunn_ext.training.data_config import DATASETS, LARGEST_SEED, DigitsConfig, FakeConfig, ShapesConfig
 from gunn_ext.training.errors import ConfigError
-
-DATASETS = ("digits", "fake")
-_LARGEST_SEED = 2**32 - 1
+from gunn_ext.training.optimization_config import OptimizerConfig, ScheduleConfig
+from gunn_ext.training.precision import PRECISIONS
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Stochastic gradient descent; weight decay acts on every parameter, as in the paper.
-
-    Args:
-        momentum: Of the gradient.
-        nesterov: Nesterov's form of it.
-        weight_decay: L2 penalty.
-    """
-
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _number("optimizer.momentum", self.momentum, least=0, below=1)
-        _boolean("optimizer.nesterov", self.nesterov)
-        _number("optimizer.weight_decay", self.weight_decay, least=0)
-        if self.nesterov and self.momentum == 0:
-            raise ConfigError(
-                "optimizer.nesterov needs a momentum above 0, got optimizer.momentum=0; set optimizer.nesterov=false."
-            )
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The step schedule of the learning rate.
-
-    Args:
-        drops: Where the rate drops, as rising fractions of the run.
-        factor: By which the rate is multiplied at each drop.
-    """
-
-    drops: tuple[float, ...] = (0.5, 0.75)
-    factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        object.__setattr__(self, "drops", _tuple("schedule.drops", self.drops))
-        for drop in self.drops:
-            _number("schedule.drops", drop, above=0, most=1)
-        if list(self.drops) != sorted(set(self.drops)):
-            raise ConfigError(f"schedule.drops must rise, got {list(self.drops)}.")
-        _number("schedule.factor", self.factor, above=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -89,56 +42,10 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.mirror is not None:
-            _boolean("augment.mirror", self.mirror)
+            checks.boolean("augment.mirror", self.mirror)
         if self.crop_padding is not None:
-            _integer("augment.crop_padding", self.crop_padding, least=0)
-        _boolean("augment.cyclic_shift", self.cyclic_shift)
-
-
-@dataclass(frozen=True)
-class DigitsConfig:
-    """Options of the data set ``digits``.
-
-    Args:
-        image_size: Height and width the 8x8 scans are resized to.
-    """
-
-    image_size: int = 16
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _integer("digits.image_size", self.image_size, least=1)
-
-
-@dataclass(frozen=True)
-class FakeConfig:
-    """Options of the data set ``fake``: random images, random labels.
-
-    Args:
-        shape: (channels, height, width).
-        classes: Number of classes.
-        train_images: Size of the training split.
-        test_images: Size of the test split.
-        seed: Of the images.
-    """
-
-    shape: tuple[int, int, int] = (3, 32, 32)
-    classes: int = 10
-    train_images: int = 512
-    test_images: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        object.__setattr__(self, "shape", _tuple("fake.shape", self.shape))
-        if len(self.shape) != 3:
-            raise ConfigError(f"fake.shape must be (channels, height, width), got {list(self.shape)}.")
-        for size in self.shape:
-            _integer("fake.shape", size, least=1)
-        _integer("fake.classes", self.classes, least=1)
-        _integer("fake.train_images", self.train_images, least=1)
-        _integer("fake.test_images", self.test_images, least=0)
-        _integer("fake.seed", self.seed, least=0, most=_LARGEST_SEED)
+            checks.integer("augment.crop_padding", self.crop_padding, least=0)
+        checks.boolean("augment.cyclic_shift", self.cyclic_shift)
 
 
 @dataclass(frozen=True)
@@ -147,7 +54,7 @@ class Config:
 
     Args:
         model: A registered model; `gunn models` lists them.
-        data: Data set, digits or fake.
+        data: Data set: digits, shapes or fake.
         epochs: Passes over the training split.
         batch_size: Images of a training step.
         eval_batch_size: Images at a time in evaluation.
@@ -155,10 +62,20 @@ class Config:
         seed: Of initial weights, order and augmentation.
         device: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one that the package has kernels for.
         output: Run directory; null: runs/<model>-<data>-seed<seed>.
-        optimizer: Stochastic gradient descent.
-        schedule: Step schedule of the learning rate.
+        max_steps: The run ends after so many training steps, wherever it is; null: when its epochs are done.
+        accumulate: Equal parts that the gradients of a batch are computed in, one after another.
+        clip_norm: Gradients of a larger norm are scaled down to it; null: none are.
+        label_smoothing: Share of the label that is spread over all classes.
+        ema: Decay of a moving average of the weights, which is then evaluated in their place; 0 is off.
+        precision: float32, bfloat16 or float16, the last two by autocast; weights stay float32.
+        channels_last: Lay images and weights of convolutions out channels last.
+        compile: Compile the network with torch.compile.
+        cuda_graph: Replay forward and backward from a CUDA graph.
+        optimizer: Of the weights.
+        schedule: Of the learning rate.
         augment: Augmentation of the training images.
         digits: Options of the data set digits.
+        shapes: Options of the data set shapes.
         fake: Options of the data set fake.
 
     Raises:
@@ -174,38 +91,63 @@ class Config:
     seed: int = 0
     device: str = "auto"
     output: str | None = None
+    max_steps: int | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     digits: DigitsConfig = field(default_factory=DigitsConfig)
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
 
     def __post_init__(self) -> None:
         """Check the values, and those that depend on each other."""
-        _string("model", self.model)
-        _string("data", self.data)
-        if self.data not in DATASETS:
-            hint = _hint(self.data, DATASETS)
-            raise ConfigError(f"data must be one of {', '.join(DATASETS)}, got {self.data!r}.{hint}")
-        _integer("epochs", self.epochs, least=1)
-        _integer("batch_size", self.batch_size, least=1)
-        _integer("eval_batch_size", self.eval_batch_size, least=1)
-        _number("lr", self.lr, above=0)
-        _integer("seed", self.seed, least=0, most=_LARGEST_SEED)
-        _string("device", self.device)
+        checks.string("model", self.model)
+        checks.choice("data", self.data, DATASETS)
+        checks.integer("epochs", self.epochs, least=1)
+        checks.integer("batch_size", self.batch_size, least=1)
+        checks.integer("eval_batch_size", self.eval_batch_size, least=1)
+        checks.number("lr", self.lr, above=0)
+        checks.integer("seed", self.seed, least=0, most=LARGEST_SEED)
+        checks.string("device", self.device)
         if self.device != "auto":
             try:
                 torch.device(self.device)
             except RuntimeError:
                 raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}.") from None
         if self.output is not None:
-            _string("output", self.output)
+            checks.string("output", self.output)
+        if self.max_steps is not None:
+            checks.integer("max_steps", self.max_steps, least=1)
+        checks.integer("accumulate", self.accumulate, least=1)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size ({self.batch_size}) must be divisible by accumulate ({self.accumulate}): a batch is "
+                "computed in equal parts."
+            )
+        if self.clip_norm is not None:
+            checks.number("clip_norm", self.clip_norm, above=0)
+        checks.number("label_smoothing", self.label_smoothing, least=0, below=1)
+        checks.number("ema", self.ema, least=0, below=1)
+        checks.choice("precision", self.precision, PRECISIONS)
+        for switch in ("channels_last", "compile", "cuda_graph"):
+            checks.boolean(switch, getattr(self, switch))
+        if self.compile and self.cuda_graph:
+            raise ConfigError("compile and cuda_graph exclude each other; set one of them to false.")
         for group in dataclasses.fields(self):
             default = group.default_factory
             if default is not dataclasses.MISSING and not isinstance(getattr(self, group.name), default):  # type: ignore[arg-type]
                 raise ConfigError(
                     f"{group.name} must be a {default.__name__}, got {getattr(self, group.name)!r}."  # type: ignore[attr-defined]
                 )
+        self.schedule.check_epochs(self.epochs)
         padding, height = self.augment.crop_padding, min(self.image_shape[1:])
         if padding is not None and padding > height:
             raise ConfigError(
@@ -216,7 +158,8 @@ class Config:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images of this data set."""
-        return self.fake.shape if self.data == "fake" else (1, self.digits.image_size, self.digits.image_size)
+        size = self.digits.image_size
+        return {"digits": (1, size, size), "shapes": (3, 32, 32), "fake": self.fake.shape}[self.data]
 
     @property
     def run_directory(self) -> Path:
@@ -371,55 +314,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def _hint(value: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _boolean(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, got {value!r}.")
-
-
-def _string(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} must be a text, got {value!r}.")
-
-
-def _tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{name} must be a list, got {value!r}.")
-    return tuple(value)
-
-
-def _integer(name: str, value: Any, *, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an integer, got {value!r}.")
-    if value < least or (most is not None and value > most):
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{name} must be {limits}, got {value}.")
-
-
-def _number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name} must be a number, got {value!r}.")
-    bounds = {"above": above, "at least": least, "below": below, "at most": most}
-    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-    inside = (
-        (above is None or value > above)
-        and (least is None or value >= least)
-        and (below is None or value < below)
-        and (most is None or value <= most)
-    )
-    if not math.isfinite(value) or not inside:
-        raise ConfigError(f"{name} must be a finite number {wanted}, got {value}.")

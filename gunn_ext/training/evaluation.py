@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gunn_ext.data import Split
+from gunn_ext.training.precision import widened
+
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -21,43 +24,69 @@ class Evaluation:
         count: Images seen.
         correct: Images whose largest logit is their class.
         loss: Mean cross-entropy; NaN for no images.
+        correct5: Images whose class is among the five of largest logits; of fewer classes, all.
     """
 
     count: int
     correct: int
     loss: float
+    correct5: int
 
     @property
     def accuracy(self) -> float:
         """Share of correct images, 0 … 1; NaN for no images."""
         return self.correct / self.count if self.count else math.nan
 
+    @property
+    def accuracy5(self) -> float:
+        """Share of images whose class is among the first five, 0 … 1; NaN for no images."""
+        return self.correct5 / self.count if self.count else math.nan
+
+
+class Ensemble(nn.Module):
+    """Networks whose softmax is averaged; its logits are the logarithm of that average.
+
+    Args:
+        members: Map ``(B, C, H, W)`` to logits ``(B, classes)``.
+    """
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        """Take the members."""
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``log(mean of softmax)``, ``(B, classes)``."""
+        logs = torch.stack([F.log_softmax(widened(member(x)), 1) for member in self.members])
+        return torch.logsumexp(logs, 0) - math.log(len(self.members))
+
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, normalize: Callable[[Tensor], Tensor], batch_size: int = 256
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], context: AbstractContextManager | None = None
 ) -> Evaluation:
-    """Classify every image of a split once, in evaluation mode; the mode of ``model`` is restored.
+    """Classify every image of some batches, in evaluation mode; the mode of ``model`` is restored.
 
     Args:
-        model: Maps ``(B, C, H, W)`` to logits ``(B, classes)``; on the device of the split.
-        split: Images and labels; may be empty, then the result counts none.
-        normalize: Maps uint8 images to the model's input.
-        batch_size: Images at a time; the last batch may be smaller.
+        model: Maps ``(B, C, H, W)`` to logits ``(B, classes)``.
+        batches: Inputs and labels, on the device of ``model``; may be empty, then the result counts none.
+        context: Entered while the network computes, such as autocast.
     """
-    device = split.images.device
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    count, correct, correct5 = 0, torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    loss = torch.zeros((), dtype=torch.float64)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for start in range(0, len(split), batch_size):
-            labels = split.labels[start : start + batch_size]
-            logits = model(normalize(split.images[start : start + batch_size]))
-            correct += (logits.argmax(1) == labels).sum()
-            loss += F.cross_entropy(logits, labels, reduction="sum")
+        for inputs, labels in batches:
+            with context or nullcontext():
+                logits = model(inputs)
+            device = logits.device
+            count += len(labels)
+            first = logits.topk(min(TOP, logits.shape[1]), 1).indices == labels[:, None]
+            correct = correct.to(device) + (logits.argmax(1) == labels).sum()
+            correct5 = correct5.to(device) + first.sum()
+            loss = loss.to(device) + F.cross_entropy(widened(logits), labels, reduction="sum")
     finally:
         for module, mode in modes:
             module.training = mode
-    count = len(split)
-    return Evaluation(count, int(correct), float(loss) / count if count else math.nan)
+    return Evaluation(count, int(correct), float(loss) / count if count else math.nan, int(correct5))

@@ -1,4 +1,4 @@
-"""The directory of a run: config.yaml, metrics.jsonl, summary.json, last.pt, best.pt."""
+"""The directory of a run: config.yaml, metrics.jsonl, summary.json, last.pt, best.pt, snapshots."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
         self.last_file = self.path / "last.pt"
         self.best_file = self.path / "best.pt"
+
+    def snapshot_file(self, cycle: int) -> Path:
+        """The checkpoint at the end of a cycle of the snapshot schedule, counted from 1."""
+        return self.path / f"snapshot-{cycle:03}.pt"
+
+    def snapshot_files(self) -> list[Path]:
+        """The checkpoints of all cycles that are done, in their order."""
+        return sorted(self.path.glob("snapshot-[0-9][0-9][0-9].pt"))
 
     def create(self, config: Config) -> None:
         """Make the directory and save the resolved configuration in it.

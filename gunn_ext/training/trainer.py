@@ -2,77 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import platform
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from gunn_ext import ops
-from gunn_ext._info import __version__
-from gunn_ext.data import Augmentation, ImageDataset, Split, augment, batches, load_digits, make_fake
+from gunn_ext.data import Augmentation, batches
 from gunn_ext.data.dataset import batches_per_epoch
 from gunn_ext.layers import GunnLayer
 from gunn_ext.models import create_model
 from gunn_ext.training.checkpoint import epoch_seed, load_checkpoint, load_weights, save_checkpoint
 from gunn_ext.training.config import Config
+from gunn_ext.training.datasets import load_data
+from gunn_ext.training.device import backend_name, resolve_device
 from gunn_ext.training.errors import CheckpointError, ConfigError, DivergenceError, TrainingInterrupted
 from gunn_ext.training.evaluation import Evaluation, evaluate
 from gunn_ext.training.interrupt import StopOnSignal
+from gunn_ext.training.precision import autocast
 from gunn_ext.training.progress import Reporter, SilentReporter
+from gunn_ext.training.result import Result, versions
 from gunn_ext.training.run_directory import RunDirectory
-from gunn_ext.training.schedule import step_learning_rate
+from gunn_ext.training.schedule import learning_rate
+from gunn_ext.training.step import TrainingStep
 
 STEPS_BETWEEN_CHECKS = 50  # the loss stays on the device; reading it, to see that it is finite, waits for the device
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run.
-
-    Attributes:
-        output: The run directory.
-        test_accuracy: Of the network after the last epoch, 0 … 1; None without test images.
-        best_accuracy: The highest of all epochs. It was chosen on the test split, so quote ``test_accuracy``.
-        best_epoch: Where that was, counted from 0.
-        test_count: Test images.
-        test_loss: Mean cross-entropy on them after the last epoch; None without test images.
-        epochs: Of the run.
-        train_seconds: Wall time of all epochs with evaluation and checkpoints, over all resumptions.
-        images_per_second: Training images over the time of the training passes alone.
-        parameters: Trainable values of the network.
-        backend: What computed the gradual layers, such as ``cpu/avx512``; ``torch`` for a network without any.
-        seed: Of the run.
-        model: Name of the network.
-        data: Name of the data set.
-        versions: Of gunn_ext, torch and python, at the end.
-        device: Where it ran.
-        threads: Of the CPU.
-    """
-
-    output: str
-    test_accuracy: float | None
-    best_accuracy: float | None
-    best_epoch: int
-    test_count: int
-    test_loss: float | None
-    epochs: int
-    train_seconds: float
-    images_per_second: float
-    parameters: int
-    backend: str
-    seed: int
-    model: str
-    data: str
-    versions: dict[str, str]
-    device: str
-    threads: int
 
 
 def train(
@@ -113,62 +72,6 @@ def train(
         return run.train()
 
 
-def evaluate_run(path: Path | str, checkpoint: str = "last", device: str = "auto") -> Evaluation:
-    """Evaluate a run's network on the test split of its data.
-
-    Args:
-        path: The run directory.
-        checkpoint: ``"last"`` or ``"best"``.
-        device: As in `Config`.
-
-    Raises:
-        RunDirectoryError: There is no run.
-        CheckpointError: The checkpoint is missing, damaged or of another model.
-    """
-    directory = RunDirectory(path)
-    config = directory.load_config()
-    file = {"last": directory.last_file, "best": directory.best_file}.get(checkpoint)
-    if file is None:
-        raise ConfigError(f"checkpoint must be last or best, got {checkpoint!r}.")
-    where = resolve_device(device)
-    content = load_checkpoint(file, where)
-    data = load_data(config, where)
-    model = create_model(config.model, data.classes, data.image_shape[0]).to(where)
-    load_weights(model, content, file)
-    return evaluate(model, data.test, data.normalize, config.eval_batch_size)
-
-
-def load_data(config: Config, device: torch.device | str) -> ImageDataset:
-    """The data set of a configuration, on ``device``."""
-    if config.data == "fake":
-        fake = config.fake
-        return make_fake(fake.shape, fake.classes, fake.train_images, fake.test_images, fake.seed, device)
-    return load_digits(config.digits.image_size, device)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name as in `Config`.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    if name == "auto":
-        usable = torch.cuda.is_available() and _backend(torch.device("cuda")).startswith("cuda")
-        return torch.device("cuda" if usable else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ConfigError(f"device {name!r} is not there: torch finds {found} CUDA devices. Use device cpu or auto.")
-    return device
-
-
-def _backend(device: torch.device) -> str:
-    try:
-        return ops.backend(str(device), torch.float32)
-    except RuntimeError:
-        return "none"
-
-
 class _Run:
     """The state of a run and what is done with it, epoch by epoch."""
 
@@ -180,19 +83,17 @@ class _Run:
         self.data = load_data(config, device)
         # Built on the CPU, so that the initial weights of a seed are the same for every device.
         built = create_model(config.model, self.data.classes, self.data.image_shape[0]) if model is None else model
-        self.model = built.to(device)
+        built = built.to(device)
+        self.model: nn.Module = getattr(built, "_orig_mod", built)  # weights without torch.compile's prefix
         self._probe()
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=optimizer.momentum,
-            nesterov=optimizer.nesterov,
-            weight_decay=optimizer.weight_decay,
-        )
+        self.network = self._network(built)
+        self.step = TrainingStep(self.model, config, device, self.network)
         self.augmentation = Augmentation(
             bool(config.augment.mirror), config.augment.crop_padding or 0, config.augment.cyclic_shift
         )
+        self.steps = batches_per_epoch(len(self.data.train), config.batch_size)  # of a whole epoch
+        self.last_step = min(config.epochs * self.steps, config.max_steps or sys.maxsize)
+        self.epochs = -(-self.last_step // self.steps)  # the last one may be cut short
         self.epoch = 0  # epochs completed
         self.best: dict[str, Any] = {"accuracy": None, "epoch": -1}
         self.progress: dict[str, Any] = {"train_seconds": 0.0, "pass_seconds": 0.0, "images": 0, "record": None}
@@ -209,6 +110,15 @@ class _Run:
                 f"expected (1, {self.data.classes}); build it with num_classes={self.data.classes}."
             )
 
+    def _network(self, given: nn.Module) -> Callable[..., Any]:
+        """What is called in training: the model laid out, and compiled, as configured."""
+        if self.config.cuda_graph and self.device.type != "cuda":
+            raise ConfigError(f"cuda_graph needs a CUDA device, this run is on {self.device}; set cuda_graph=false.")
+        if self.config.channels_last:
+            # The parameters of gradual layers have other ranks, so that the module as a whole cannot be converted.
+            nn.utils.convert_conv2d_weight_memory_format(self.model, torch.channels_last)
+        return torch.compile(given) if self.config.compile else given
+
     def resume(self) -> None:
         """Take up the state of last.pt."""
         self.directory.check_resumable(self.config)
@@ -216,7 +126,7 @@ class _Run:
         content = load_checkpoint(path, self.device)
         load_weights(self.model, content, path)
         try:
-            self.optimizer.load_state_dict(content["optimizer_state"])
+            self.step.load_state_dict(content)
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: its optimizer state does not fit this model ({error}).") from error
         self.epoch, self.best, self.progress = content["epoch"], content["best"], content["progress"]
@@ -233,7 +143,7 @@ class _Run:
                     "in_chans": self.data.image_shape[0],
                 },
                 "model_state": dict(self.model.state_dict()),
-                "optimizer_state": self.optimizer.state_dict(),
+                **self.step.state_dict(),
                 "epoch": self.epoch,
                 "best": self.best,
                 "progress": self.progress,
@@ -244,13 +154,11 @@ class _Run:
 
     def train(self) -> Result:
         """All epochs that are left, then the summary."""
-        config = self.config
         self.directory.keep_metrics(self.epoch)
-        steps = batches_per_epoch(len(self.data.train), config.batch_size)
         try:
             with StopOnSignal() as stop:
-                self.reporter.start(self._describe(), config.epochs, steps, self.epoch)
-                while self.epoch < config.epochs:
+                self.reporter.start(self._describe(), self.epochs, self.steps, self.epoch)
+                while self.epoch < self.epochs:
                     self._train_epoch(stop)
         finally:
             self.reporter.close()
@@ -260,8 +168,7 @@ class _Run:
 
     def _train_epoch(self, stop: StopOnSignal) -> None:
         epoch, started = self.epoch, time.perf_counter()
-        rate = self._learning_rate(epoch)
-        loss, images = self._training_pass(epoch, rate, lambda: self._check_stop(stop))
+        loss, train_accuracy, images = self._training_pass(epoch, lambda: self._check_stop(stop))
         passed = time.perf_counter() - started
         test = self._evaluate()
         accuracy = test.accuracy if test.count else None
@@ -273,10 +180,12 @@ class _Run:
         seconds = time.perf_counter() - started
         record = {
             "epoch": epoch,
-            "lr": rate,
+            "lr": self._learning_rate(epoch * self.steps),
             "train_loss": loss,
+            "train_accuracy": train_accuracy,
             "test_loss": test.loss if test.count else None,
             "test_accuracy": accuracy,
+            "test_accuracy5": test.accuracy5 if test.count else None,
             "seconds": seconds,
             "images_per_second": images / passed,
         }
@@ -290,66 +199,71 @@ class _Run:
         self.directory.append_metrics(record)
         if improved:
             self.save(self.directory.best_file)
+        schedule = self.config.schedule
+        if schedule.name == "snapshot":
+            cycle, rest = divmod(self.epoch, self.config.epochs // schedule.cycles)
+            if rest == 0:
+                self.save(self.directory.snapshot_file(cycle))
         self.save(self.directory.last_file)
-        left = self.progress["train_seconds"] / self.epoch * (self.config.epochs - self.epoch)
+        left = self.progress["train_seconds"] / self.epoch * (self.epochs - self.epoch)
         self.reporter.epoch(record, left)
-        if self.epoch < self.config.epochs:
+        if self.epoch < self.epochs:
             self._check_stop(stop)
 
-    def _training_pass(self, epoch: int, rate: float, check_stop: Callable[[], None]) -> tuple[float, int]:
-        """One pass over the training split; returns mean loss and number of images."""
-        config, split = self.config, self.data.train
+    def _training_pass(self, epoch: int, check_stop: Callable[[], None]) -> tuple[float, float, int]:
+        """One pass over the training split; returns mean loss, accuracy in training, and number of images."""
+        config, name = self.config, f"training loss in epoch {epoch + 1}"
         torch.manual_seed(epoch_seed(config.seed, epoch, "model"))
         generator = torch.Generator(self.device).manual_seed(epoch_seed(config.seed, epoch, "data"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.model.train()
-        started, images = time.perf_counter(), 0
+        started, images, first = time.perf_counter(), 0, epoch * self.steps
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for step, chosen in enumerate(batches(len(split), config.batch_size, generator), 1):
-            total += self._step(split, chosen, generator) * len(chosen)
-            images += len(chosen)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        order = itertools.islice(
+            batches(len(self.data.train), config.batch_size, generator), min(self.steps, self.last_step - first)
+        )
+        for step, (inputs, labels) in enumerate(self.data.training_batches(order, self.augmentation, generator), 1):
+            rate = self._learning_rate(first + step - 1)
+            loss, right = self.step(inputs, labels, rate)
+            total += loss * len(labels)
+            correct += right
+            images += len(labels)
             if step % STEPS_BETWEEN_CHECKS == 0:
-                self._check_finite(float(total), f"training loss in epoch {epoch + 1}", rate)
+                self._check_finite(float(total), name, rate)
             self.reporter.step(epoch, step, images / (time.perf_counter() - started))
             check_stop()
         mean = float(total) / images
-        self._check_finite(mean, f"training loss in epoch {epoch + 1}", rate)
-        return mean, images
-
-    def _step(self, split: Split, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        inputs = augment(self.data.normalize(split.images[chosen]), self.augmentation, generator)
-        loss = F.cross_entropy(self.model(inputs), split.labels[chosen])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        self._check_finite(mean, name, rate)
+        return mean, int(correct) / images, images
 
     def _evaluate(self) -> Evaluation:
-        test = evaluate(self.model, self.data.test, self.data.normalize, self.config.eval_batch_size)
+        model = self.model if self.step.average is None else self.step.average.model
+        test = evaluate(
+            model,
+            self.data.evaluation_batches(self.data.test, self.config.eval_batch_size),
+            autocast(self.device, self.step.dtype),
+        )
         if test.count:
-            self._check_finite(test.loss, f"test loss after epoch {self.epoch + 1}", self._learning_rate(self.epoch))
+            rate = self._learning_rate(self.epoch * self.steps)
+            self._check_finite(test.loss, f"test loss after epoch {self.epoch + 1}", rate)
         return test
 
-    def _learning_rate(self, epoch: int) -> float:
-        schedule = self.config.schedule
-        return step_learning_rate(
-            epoch, self.config.epochs, base=self.config.lr, drops=schedule.drops, factor=schedule.factor
-        )
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.config.schedule, self.config.lr, step, self.steps, self.config.epochs)
 
     def _check_finite(self, value: float, name: str, rate: float) -> None:
         if not math.isfinite(value):
             raise DivergenceError(
                 f"the {name} is {value}, at learning rate {rate:g}; training has diverged. Start a new run with a "
                 f"lower lr (was {self.config.lr:g}). {self.directory.last_file} holds the state after "
-                f"{self.epoch} of {self.config.epochs} epochs."
+                f"{self.epoch} of {self.epochs} epochs."
             )
 
     def _check_stop(self, stop: StopOnSignal) -> None:
         if stop.signal_number is not None:
             raise TrainingInterrupted(
                 f"interrupted; {self.directory.last_file} holds the state after {self.epoch} of "
-                f"{self.config.epochs} epochs. Continue with: gunn train --resume --output {self.directory.path}",
+                f"{self.epochs} epochs. Continue with: gunn train --resume --output {self.directory.path}",
                 stop.signal_number,
             )
 
@@ -357,7 +271,7 @@ class _Run:
         config, shape = self.config, "x".join(map(str, self.data.image_shape))
         return (
             f"{config.model} ({self._parameters():,} parameters) on {config.data} ({len(self.data.train):,} training, "
-            f"{len(self.data.test):,} test images of {shape}), {config.epochs} epochs, batch {config.batch_size}, "
+            f"{len(self.data.test):,} test images of {shape}), {self.epochs} epochs, batch {config.batch_size}, "
             f"{self._used_backend()}, {torch.get_num_threads()} threads → {self.directory.path}"
         )
 
@@ -366,7 +280,7 @@ class _Run:
 
     def _used_backend(self) -> str:
         gradual = any(isinstance(module, GunnLayer) and module.gradual for module in self.model.modules())
-        return _backend(self.device) if gradual else "torch"
+        return backend_name(self.device) if gradual else "torch"
 
     def _result(self) -> Result:
         progress, record = self.progress, self.progress["record"]
@@ -377,7 +291,9 @@ class _Run:
             best_epoch=self.best["epoch"],
             test_count=len(self.data.test),
             test_loss=record["test_loss"],
+            test_accuracy5=record.get("test_accuracy5"),
             epochs=self.epoch,
+            steps_taken=int(self.step.taken),
             train_seconds=progress["train_seconds"],
             images_per_second=progress["images"] / progress["pass_seconds"],
             parameters=self._parameters(),
@@ -389,8 +305,3 @@ class _Run:
             device=str(self.device),
             threads=torch.get_num_threads(),
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    return {"gunn_ext": __version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -1,0 +1,121 @@
+"""Run directories as networks: what a finished or begun run has learnt, evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gunn_ext.models import create_model
+from gunn_ext.training.checkpoint import load_checkpoint, load_weights
+from gunn_ext.training.config import Config
+from gunn_ext.training.datasets import load_data
+from gunn_ext.training.device import resolve_device
+from gunn_ext.training.errors import CheckpointError, ConfigError
+from gunn_ext.training.evaluation import Ensemble, Evaluation, evaluate
+from gunn_ext.training.precision import autocast
+from gunn_ext.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network of a run.
+
+    Attributes:
+        model: In evaluation mode; an `Ensemble` of snapshots where these were asked for.
+        config: Of the run.
+        classes: That it tells apart.
+        in_chans: Channels of its images.
+        mean: Of the training images, per channel, on the scale 0 … 255.
+        std: Likewise.
+        files: The checkpoints it came from.
+    """
+
+    model: nn.Module
+    config: Config
+    classes: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    files: tuple[Path, ...]
+
+
+def load_run(
+    path: Path | str, checkpoint: str = "last", device: torch.device | str = "cpu", *, ensemble: int | None = None
+) -> Trained:
+    """Load the network of a run, with the moving average of its weights where it kept one.
+
+    Args:
+        path: The run directory.
+        checkpoint: ``"last"`` or ``"best"``; not looked at for an ensemble.
+        device: Where it will lie.
+        ensemble: Average the softmax of the last so many snapshots; 0: of all.
+
+    Raises:
+        ConfigError: ``checkpoint`` is neither.
+        RunDirectoryError: There is no run.
+        CheckpointError: A checkpoint is missing, damaged or of another model.
+    """
+    directory = RunDirectory(path)
+    config = directory.load_config()
+    if ensemble is None:
+        file = {"last": directory.last_file, "best": directory.best_file}.get(checkpoint)
+        if file is None:
+            raise ConfigError(f"checkpoint must be last or best, got {checkpoint!r}.")
+        files = [file]
+    else:
+        files = directory.snapshot_files()
+        if not files or len(files) < ensemble:
+            raise CheckpointError(
+                f"{path} holds {len(files)} snapshots, expected at least {ensemble or 1}; a run with "
+                "schedule.name=snapshot leaves one at the end of each cycle."
+            )
+        files = files[-ensemble:]
+    models = []
+    for file in files:
+        content = load_checkpoint(file, device)
+        facts = content["model"]
+        model = create_model(config.model, facts["num_classes"], facts["in_chans"]).to(device)
+        load_weights(model, content, file, averaged=True)
+        models.append(model.eval())
+    normalization = content["normalization"]
+    return Trained(
+        model=models[0] if ensemble is None else Ensemble(models).eval(),
+        config=config,
+        classes=facts["num_classes"],
+        in_chans=facts["in_chans"],
+        mean=tuple(normalization["mean"]),
+        std=tuple(normalization["std"]),
+        files=tuple(files),
+    )
+
+
+def evaluate_run(
+    path: Path | str, checkpoint: str = "last", device: str = "auto", *, ensemble: int | None = None
+) -> Evaluation:
+    """Evaluate a run's network on the test split of its data, in the precision of the run.
+
+    Args:
+        path: The run directory.
+        checkpoint: ``"last"`` or ``"best"``.
+        device: As in `Config`.
+        ensemble: As in `load_run`.
+
+    Raises:
+        RunDirectoryError: There is no run.
+        CheckpointError: A checkpoint is missing, damaged, of another model or of other classes than the data has.
+    """
+    where = resolve_device(device)
+    trained = load_run(path, checkpoint, where, ensemble=ensemble)
+    config = trained.config
+    data = load_data(config, where)
+    if (data.classes, data.image_shape[0]) != (trained.classes, trained.in_chans):
+        raise CheckpointError(
+            f"{trained.files[0]}: a network for {trained.classes} classes and {trained.in_chans} channels, but the "
+            f"data set {config.data} has {data.classes} and {data.image_shape[0]}. Restore config.yaml and the data "
+            "of the run."
+        )
+    batches = data.evaluation_batches(data.test, config.eval_batch_size)
+    return evaluate(trained.model, batches, autocast(where, getattr(torch, config.precision)))
