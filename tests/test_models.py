@@ -61,7 +61,8 @@ def own_registry(monkeypatch):
 def test_the_zoo_has_the_models_of_the_paper():
     assert set(NAMES) <= set(list_models())
     assert list_models() == sorted(list_models())
-    assert list_models("gunn*") == ["gunn15", "gunn15_nores", "gunn18", "gunn24", "gunn_tiny"]
+    narrow = ["gunn15_narrow", "gunn15_narrow_nores"]
+    assert list_models("gunn*") == ["gunn15", *narrow, "gunn15_nores", "gunn18", "gunn24", "gunn_tiny"]
     assert list_models("*unn1[58]") == ["gunn15", "gunn18", "sunn15", "sunn18", "wide_gunn18"]
     assert list_models("resnet*") == []
 

@@ -90,6 +90,7 @@ class Spec:
 
 GUNN_15 = Spec(stem=64, channels=(240, 300, 360), segments=(20, 25, 30), expansion=2, units=1, shortcut=True)
 GUNN_24 = Spec(stem=64, channels=(720, 900, 1080), segments=(20, 25, 30), expansion=3, units=2, shortcut=True)
+GUNN_15_NARROW = replace(GUNN_15, stem=16, channels=(48, 60, 72), segments=(8, 10, 12))  # for studies on a CPU
 GUNN_TINY = Spec(stem=32, channels=(32, 48, 64), segments=(4, 6, 8), expansion=2, units=1, shortcut=True)
 GUNN_18 = Spec(
     stem=64,
@@ -110,6 +111,9 @@ MODELS = {
     "sunn24": replace(GUNN_24, gradual=False),
     "sunn18": replace(GUNN_18, gradual=False),
     "gunn15_nores": replace(GUNN_15, residual=False),
+    "gunn15_narrow": GUNN_15_NARROW,
+    "sunn15_narrow": replace(GUNN_15_NARROW, gradual=False),
+    "gunn15_narrow_nores": replace(GUNN_15_NARROW, residual=False),
     "gunn_tiny": GUNN_TINY,
 }
 
