@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gunn_ext.training.config import Config, load_config, unknown_key
+from gunn_ext.training.distributed import launched_rank
 from gunn_ext.training.errors import ConfigError, TrainingInterrupted
 from gunn_ext.training.run_directory import RunDirectory
 
@@ -59,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse: 0 after --help, 2 after a wrong option
         return end.code if isinstance(end.code, int) else _ERROR
     except TrainingInterrupted as interruption:
-        print(f"gunn: {interruption}", file=sys.stderr)
+        print(f"{_name()}: {interruption}", file=sys.stderr)
         return 128 + interruption.signal_number
     except KeyboardInterrupt:
-        print("gunn: interrupted", file=sys.stderr)
+        print(f"{_name()}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # gunn models | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"gunn: error: {_one_line(error)}", file=sys.stderr)
+            print(f"{_name()}: error: {_one_line(error)}", file=sys.stderr)
         return _ERROR
 
 
@@ -80,6 +81,12 @@ def _command(name: str) -> Callable[[list[str]], int]:
     if name not in commands:
         raise ConfigError(f"unknown command {name!r}; expected {', '.join(commands)}. gunn --help explains them.")
     return commands[name]
+
+
+def _name() -> str:
+    """Who speaks: of several processes that torchrun started, which."""
+    rank = launched_rank()
+    return f"gunn: rank {rank}" if rank else "gunn"
 
 
 def _one_line(error: Exception) -> str:
@@ -94,6 +101,8 @@ def _train(arguments: list[str]) -> int:
     from gunn_ext.training import make_reporter, train
 
     result = train(config, resume=resume, reporter=make_reporter())
+    if launched_rank() > 0:
+        return 0
     if result.test_accuracy is None or result.best_accuracy is None:
         print("no test images, hence no test accuracy")
     else:
@@ -204,6 +213,8 @@ def _evaluate(arguments: list[str]) -> int:
     from gunn_ext.training import evaluate_run
 
     result = evaluate_run(options.run, options.checkpoint, options.device)
+    if launched_rank() > 0:
+        return 0
     if result.count == 0:
         print("no test images")
     else:

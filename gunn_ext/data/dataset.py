@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gunn_ext.data.augment import Augmentation, augment
+from gunn_ext.data.part import WHOLE, Part
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Split:
     def __len__(self) -> int:
         """Number of images."""
         return self.images.shape[0]
+
+    def part(self, part: Part) -> Split:
+        """A part of it, for one of several processes."""
+        own = part.range(len(self))
+        return Split(self.images[own], self.labels[own])
 
     def to(self, device: torch.device | str) -> Split:
         """The same split on ``device``."""
@@ -102,7 +108,7 @@ class ImageDataset:
         return (images.to(torch.float32) - mean) / std
 
     def training_batches(
-        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator
+        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, normalised and augmented.
 
@@ -110,12 +116,15 @@ class ImageDataset:
             order: Indices of the images of each batch, see `batches`.
             augmentation: What is done to the images.
             generator: Source of all random numbers.
+            part: Which part of each batch to yield; batches must be divisible by their number.
 
         Yields:
             Inputs ``(B, C, H, W)`` float32 and labels ``(B,)``.
         """
-        for chosen in order:
-            yield augment(self.normalize(self.train.images[chosen]), augmentation, generator), self.train.labels[chosen]
+        for batch in order:
+            chosen = batch[part.range(len(batch))]
+            images = self.normalize(self.train.images[chosen])
+            yield augment(images, augmentation, generator, part), self.train.labels[chosen]
 
     def evaluation_batches(self, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a split once, in its order, normalised; the last batch may be smaller.
