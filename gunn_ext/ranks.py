@@ -38,7 +38,7 @@ class Ranks:
         self._agreed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        # A copied module shares with the same processes; the group itself cannot be copied.
+        """Itself: a copied module shares with the same processes, and a group cannot be copied."""
         return self
 
     def present(self, owner: str) -> Ranks | None:

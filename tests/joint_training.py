@@ -19,6 +19,7 @@ from gunn_ext.training import (
     OptimizerConfig,
     RunDirectoryError,
     TrainingInterrupted,
+    evaluate_run,
     load_checkpoint,
     train,
 )
@@ -67,12 +68,14 @@ def settings(output, **changes):
 
 
 def outcome(result):
-    """What must not depend on the number of processes."""
+    """What must not depend on the number of processes: tensors and losses but for rounding, counts not at all."""
     content = load_checkpoint(Path(result.output) / "last.pt")
-    tensors = {name: content[name] for name in ("model_state", "average_state", "optimizer_state")}
+    momenta = {str(index): state["momentum_buffer"] for index, state in content["optimizer_state"]["state"].items()}
+    tensors = content["model_state"], content["average_state"], momenta
     record = content["progress"]["record"]
     counted = round(result.test_accuracy * result.test_count), result.test_count, record["train_accuracy"]
-    return tensors, counted, [record["train_loss"], result.test_loss], result.steps_taken
+    losses = record["train_loss"], result.test_loss
+    return tensors, losses, *counted, result.steps_taken
 
 
 def train_alike(output):
@@ -139,6 +142,12 @@ def check_agreement(output):
         train(settings(output / "none"), model=nn.parallel.DistributedDataParallel(Double()))
     dist.barrier()
     assert not (output / "none").exists()
+
+
+def train_and_evaluate(config):
+    """A whole run, then its evaluation."""
+    train(config)
+    return evaluate_run(config.output)
 
 
 def check_all(output):

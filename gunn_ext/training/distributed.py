@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,8 @@ class World:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         # Running statistics are either synchronised with those of all ranks, or averaged where somebody looks at them.
-        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})
+        options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, _SYNC_BUFFERS: False}
+        return DistributedDataParallel(model, **options)
 
     @torch.no_grad()
     def average_statistics(self, model: nn.Module) -> None:
