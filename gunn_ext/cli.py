@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-from gunn_ext.training.config import Config, load_config, unknown_key
+from gunn_ext.commands.table import print_table
+from gunn_ext.training.config import flattened
 from gunn_ext.training.distributed import launched_rank
 from gunn_ext.training.errors import ConfigError, TrainingInterrupted
-from gunn_ext.training.run_directory import RunDirectory
 
 USAGE = """\
 usage: gunn COMMAND [OPTIONS]
@@ -24,7 +24,12 @@ Gradually updated neural networks: train them, evaluate them, look at them.
 
 commands:
   train             train a network; without options a small one on the embedded digits, in a minute or two
-  eval RUN          evaluate the network of a run directory on its test images
+  eval RUN          evaluate the network of a run directory, or an ensemble of its snapshots, on its test images
+  predict RUN FILE  classify images; prints JSON
+  recipes           list the experiments that gunn train --recipe knows, with the paper's figures
+  reproduce TABLE   run every line of a table of the paper and compare
+  sweep             train over seeds and values of settings; mean and deviation
+  curves RUN...     plot training curves, mean over seeds
   bench COMMAND     time layers and networks against their peers, or predict it
   models [PATTERN]  list the models with parameters, FLOPs and activation bytes
   info              versions, backends built, why one is missing
@@ -54,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else _ERROR
     try:
-        status = _command(arguments[0])(arguments[1:])
-        sys.stdout.flush()  # a closed pipe shows here, not at the end of the process
+        with _rank_0_speaks():
+            status = _command(arguments[0])(arguments[1:])
+            sys.stdout.flush()  # a closed pipe shows here, not at the end of the process
         return status
     except SystemExit as end:  # argparse: 0 after --help, 2 after a wrong option
         return end.code if isinstance(end.code, int) else _ERROR
@@ -77,10 +83,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"train": _train, "eval": _evaluate, "bench": _bench, "models": _models, "info": _info}
+    commands = {
+        "train": _from("runs", "train"),
+        "eval": _from("runs", "evaluate"),
+        "predict": _from("runs", "predict"),
+        "recipes": _from("experiments", "recipes"),
+        "reproduce": _from("experiments", "reproduce"),
+        "sweep": _from("experiments", "sweep"),
+        "curves": _from("experiments", "curves"),
+        "bench": _bench,
+        "models": _models,
+        "info": _info,
+    }
     if name not in commands:
         raise ConfigError(f"unknown command {name!r}; expected {', '.join(commands)}. gunn --help explains them.")
     return commands[name]
+
+
+def _from(module: str, name: str) -> Callable[[list[str]], int]:
+    """A command that is imported when it is called."""
+    return lambda arguments: getattr(importlib.import_module(f"gunn_ext.commands.{module}"), name)(arguments)
+
+
+@contextlib.contextmanager
+def _rank_0_speaks() -> Iterator[None]:
+    """Of several processes that torchrun started, silence all but the first; errors are told by each."""
+    if launched_rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _name() -> str:
@@ -94,135 +126,6 @@ def _one_line(error: Exception) -> str:
     if type(error).__module__ == _OURS or isinstance(error, ValueError):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-def _train(arguments: list[str]) -> int:
-    config, resume = parse_train_arguments(arguments)
-    from gunn_ext.training import make_reporter, train
-
-    result = train(config, resume=resume, reporter=make_reporter())
-    if launched_rank() > 0:
-        return 0
-    if result.test_accuracy is None or result.best_accuracy is None:
-        print("no test images, hence no test accuracy")
-    else:
-        correct = round(result.test_accuracy * result.test_count)
-        print(
-            f"test accuracy {100 * result.test_accuracy:.2f} % ({correct} of {result.test_count}) after epoch "
-            f"{result.epochs}; best {100 * result.best_accuracy:.2f} % after epoch {result.best_epoch + 1}"
-        )
-    print(
-        f"trained in {result.train_seconds:.1f} s, {result.images_per_second:,.0f} images/s, backend {result.backend}"
-    )
-    print(f"run directory: {result.output} (config.yaml, metrics.jsonl, summary.json, last.pt, best.pt)")
-    return 0
-
-
-def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
-    """The configuration that ``gunn train`` was asked for, and whether to resume.
-
-    Options beat the file of ``--config``, wherever it stands, and that beats the defaults. Resuming without
-    ``--config``, the settings of the run itself stand in for the defaults.
-
-    Raises:
-        ConfigError: An option or key is unknown or its value wrong.
-        SystemExit: After ``--help``.
-    """
-    arguments = [_with_underscores(argument) for argument in arguments]
-    chosen = _parse(arguments, None)
-    file, resume = chosen.pop("config"), chosen.pop("resume")
-    base = None
-    if file is not None:
-        base = load_config(file)
-    elif resume:
-        base = RunDirectory(Config.from_dict(chosen).run_directory).load_config()
-    if base is not None:
-        output = chosen["output"]
-        chosen = _parse(arguments, base.to_dict())
-        del chosen["config"], chosen["resume"]
-        if file is None:  # the directory the user named, wherever the run was made
-            chosen["output"] = output or str(Config.from_dict(chosen).run_directory)
-    return Config.from_dict(chosen), resume
-
-
-def _parse(arguments: Sequence[str], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Parse the options of ``gunn train`` into a nested dict of settings, ``config`` and ``resume``."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="gunn train",
-        description="Train a network. Every option may also stand in a YAML file, under the same name. Ctrl-C ends a "
-        "run; --resume goes on after its last completed epoch.",
-        exit_on_error=False,
-        allow_abbrev=False,
-        print_config=None,
-    )
-    parser.add_argument("--config", type=str, default=None, help="YAML file of settings; options override it")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output, or the default one")
-    parser.add_class_arguments(Config, None)
-    if defaults is not None:
-        parser.set_defaults(_dotted(defaults))
-    try:
-        return parser.parse_args(list(arguments)).as_dict()
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_explain(str(error))) from None
-
-
-def _with_underscores(argument: str) -> str:
-    """``--batch-size=8`` to ``--batch_size=8``: both spellings are options."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _explain(message: str) -> str:
-    """The parser's message in one line, with the nearest option where one is unknown."""
-    text = " ".join(message.split())
-    marker = "unrecognized arguments: "
-    if text.lower().startswith(marker):
-        first = text[len(marker) :].split()[0]
-        if not first.startswith("-"):
-            return f"unexpected argument {first!r}; settings are given as --name value. gunn train --help lists them."
-        return unknown_key(first.lstrip("-").partition("=")[0])
-    wrong = re.match(r'Parser key "(.+?)": Expected an? (.*)\. Got value: (.*)$', text)
-    if wrong:
-        name, kind, value = wrong.groups()
-        kind = kind.replace("<class '", "").replace("'>", "")
-        if value.lstrip("+-").lower() in ("nan", "inf", "infinity"):
-            kind = f"finite {kind}"
-        return f"{name}: expected {'an' if kind[0] in 'aeiou' else 'a'} {kind}, got {value}."
-    return text
-
-
-def _evaluate(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gunn eval", description="Evaluate the network of a run directory on the test images of its data set."
-    )
-    parser.add_argument("run", metavar="RUN", help="run directory, as made by gunn train")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one (default: last)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    options = parser.parse_args(arguments)
-    from gunn_ext.training import evaluate_run
-
-    result = evaluate_run(options.run, options.checkpoint, options.device)
-    if launched_rank() > 0:
-        return 0
-    if result.count == 0:
-        print("no test images")
-    else:
-        print(
-            f"test accuracy {100 * result.accuracy:.2f} % ({result.correct} of {result.count}), "
-            f"loss {result.loss:.4f}, {options.run}/{options.checkpoint}.pt"
-        )
-    return 0
 
 
 def _bench(arguments: list[str]) -> int:
@@ -256,27 +159,8 @@ def _models(arguments: list[str]) -> int:
         )
         for name, cost in costs
     ]
-    _print_table(("model", "input", "parameters", "FLOPs", "activations"), rows)
+    print_table(("model", "input", "parameters", "FLOPs", "activations"), rows)
     return 0
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table on a terminal, plain columns elsewhere; numbers stand to the right."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*header)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join([first.strip().ljust(widths[0]), *others]))
 
 
 def _info(arguments: list[str]) -> int:
@@ -289,7 +173,7 @@ def _info(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(facts, indent=2, default=str))
     else:
-        for name, value in _dotted(facts).items():
+        for name, value in flattened(facts).items():
             print(f"{name}: {value}")
     return 0
 

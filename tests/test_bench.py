@@ -313,7 +313,7 @@ def test_without_a_gpu_cuda_is_refused_with_what_to_do(capsys):
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_timed(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = bench(capsys, "layer", "gunn15-8", *QUICK, "--plot", tmp_path / "pictures")
-    assert_refused(outcome, "--plot needs matplotlib", 'pip install "gunn-ext[plot]"')
+    assert_refused(outcome, "a plot needs matplotlib", 'pip install "gunn-ext[plot]"')
     assert not (tmp_path / "pictures").exists()
 
 

@@ -13,10 +13,13 @@ import torch
 
 import gunn_ext
 from gunn_ext import cli
+from gunn_ext.commands.settings import parse_train_arguments
 from gunn_ext.training import Config, OptimizerConfig, load_config
 
 SMALL = ["--data=fake", "--fake.shape=[1,8,8]", "--fake.classes=3", "--fake.train_images=16", "--fake.test_images=6",
          "--batch-size=8", "--device=cpu"]  # fmt: skip
+
+COMMANDS = ("train", "eval", "predict", "recipes", "reproduce", "sweep", "curves", "bench", "models", "info")
 
 
 def run(capsys, *arguments):
@@ -39,11 +42,11 @@ def assert_one_line_error(outcome, *parts):
 
 
 def test_defaults_are_those_of_the_library():
-    assert cli.parse_train_arguments([]) == (Config(), False)
+    assert parse_train_arguments([]) == (Config(), False)
 
 
 def test_options_reach_every_setting_in_both_spellings():
-    config, resume = cli.parse_train_arguments(
+    config, resume = parse_train_arguments(
         ["--model", "gunn15", "--batch-size=8", "--eval_batch_size", "9", "--lr", "1e-3", "--optimizer.weight-decay=0",
          "--schedule.drops=[0.25]", "--augment.mirror=true", "--digits.image-size", "32", "--output=/no/such-run_x"]
     )  # fmt: skip
@@ -58,16 +61,16 @@ def test_options_reach_every_setting_in_both_spellings():
 def test_options_beat_the_file_wherever_it_stands(tmp_path, order):
     (tmp_path / "c.yaml").write_text("lr: 1e-2\nepochs: 7\noptimizer:\n  momentum: 0.5\n")
     options = [f"--config={tmp_path / 'c.yaml'}", "--epochs=3"][order]
-    config, _ = cli.parse_train_arguments(options)
+    config, _ = parse_train_arguments(options)
     assert config == Config(lr=0.01, epochs=3, optimizer=OptimizerConfig(momentum=0.5))
 
 
 def test_a_saved_configuration_is_a_file_for_config(tmp_path):
-    config, _ = cli.parse_train_arguments([*SMALL, "--lr=3e-5", f"--output={tmp_path}/run"])
+    config, _ = parse_train_arguments([*SMALL, "--lr=3e-5", f"--output={tmp_path}/run"])
     from gunn_ext.training import save_config
 
     save_config(config.resolved(), tmp_path / "c.yaml")
-    assert cli.parse_train_arguments(["--config", str(tmp_path / "c.yaml")])[0] == config.resolved()
+    assert parse_train_arguments(["--config", str(tmp_path / "c.yaml")])[0] == config.resolved()
 
 
 @pytest.mark.parametrize(
@@ -178,12 +181,12 @@ def test_help_and_unknown_commands(capsys):
     for arguments, expected in ((["--help"], 0), ([], 2)):
         status, out, _ = run(capsys, *arguments)
         assert status == expected
-        assert all(f"\n  {command}" in out for command in ("train", "eval", "models", "info"))
-    for command in ("train", "eval", "models", "info"):
+        assert all(f"\n  {command}" in out for command in COMMANDS)
+    for command in COMMANDS:
         status, out, _ = run(capsys, command, "--help")
         assert status == 0
         assert f"gunn {command}" in out
-    assert_one_line_error(run(capsys, "trian"), "unknown command 'trian'; expected train, eval, bench, models, info")
+    assert_one_line_error(run(capsys, "trian"), f"unknown command 'trian'; expected {', '.join(COMMANDS)}")
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])

@@ -104,20 +104,19 @@ def test_jobs_without_a_name_are_told_apart_by_their_agent(monkeypatch):
 
 def test_an_incomplete_environment_is_named(monkeypatch):
     launch(monkeypatch, WORLD_SIZE=2, RANK=0)
-    with pytest.raises(ConfigError, match="lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Start the"), join_world("cpu"):
-        pass
+    with pytest.raises(ConfigError, match="lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Start the"):
+        join_world("cpu")
     launch(monkeypatch, WORLD_SIZE=1)
-    with join_world("cpu") as world:
-        assert world == World(torch.device("cpu"))
+    assert join_world("cpu") == World(torch.device("cpu"))
 
 
 def test_every_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     launch(monkeypatch, WORLD_SIZE=3, RANK=2, LOCAL_RANK=2, MASTER_ADDR="localhost", MASTER_PORT=1)
-    with pytest.raises(ConfigError, match="process 2 of this machine .* has no GPU: torch finds 2"), join_world("cuda"):
-        pass
-    with pytest.raises(ConfigError, match="'cuda:1' names one GPU for all processes"), join_world("cuda:1"):
-        pass
+    with pytest.raises(ConfigError, match="process 2 of this machine .* has no GPU: torch finds 2"):
+        join_world("cuda")
+    with pytest.raises(ConfigError, match="'cuda:1' names one GPU for all processes"):
+        join_world("cuda:1")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 12])

@@ -9,8 +9,11 @@ from typing import Any
 from gunn_ext.bench.rows import Row
 
 
-def require_matplotlib() -> None:
-    """Fail before anything is measured.
+def require_matplotlib(instead: str = "leave --plot out and plot the rows of --json") -> None:
+    """Fail before anything is done.
+
+    Args:
+        instead: What to do without it.
 
     Raises:
         ValueError: There is no matplotlib.
@@ -19,8 +22,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f'--plot needs matplotlib, which cannot be imported here ({error}); pip install "gunn-ext[plot]", or leave '
-            "--plot out and plot the rows of --json."
+            f"a plot needs matplotlib, which cannot be imported here ({error}); "
+            f'pip install "gunn-ext[plot]", or {instead}.'
         ) from None
 
 

@@ -199,7 +199,7 @@ class Config:
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     """The settings in which two configurations differ, by dotted name; where a run lies and on what is left out."""
-    flat_ours, flat_theirs = (_flatten(config.resolved().to_dict()) for config in (ours, theirs))
+    flat_ours, flat_theirs = (flattened(config.resolved().to_dict()) for config in (ours, theirs))
     return {
         name: (value, flat_theirs[name])
         for name, value in flat_ours.items()
@@ -269,7 +269,7 @@ def check_keys(values: Any, cls: type = Config, prefix: str = "") -> None:
 
 def unknown_key(name: str) -> str:
     """The message for a setting that does not exist, with the nearest that does."""
-    names = list(_flatten(Config().to_dict()))
+    names = list(flattened(Config().to_dict()))
     near = difflib.get_close_matches(name, names, n=1)
     if not near:  # the right name in the wrong group
         near = [full for full in names if full.rpartition(".")[2] == name.rpartition(".")[2]]
@@ -311,8 +311,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat

@@ -6,11 +6,12 @@ which everything here is free.
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -128,11 +129,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-@contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """Meet the other processes of a run, if torchrun started this one; leave them at the end.
+def join_world(device: str) -> World:
+    """Meet the other processes of a run, if torchrun started this one.
 
-    A process group that exists already is used as it is.
+    A process group that exists already is used; one that is made serves this process until it ends.
 
     Args:
         device: As in `Config`; ``auto`` and ``cuda`` give every process of a machine a GPU of its own.
@@ -142,8 +142,7 @@ def join_world(device: str) -> Iterator[World]:
     """
     given = initialized()
     if not given and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield World(resolve_device(device))
-        return
+        return World(resolve_device(device))
     if not given:
         missing = [name for name in _ENVIRONMENT if not os.environ.get(name)]
         if missing:
@@ -156,11 +155,8 @@ def join_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(where)
     if not given:
         dist.init_process_group("gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl")
-    try:
-        yield World(where, dist.get_rank(), dist.get_world_size())
-    finally:
-        if not given:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return World(where, dist.get_rank(), dist.get_world_size())
 
 
 def _own_device(name: str) -> torch.device:

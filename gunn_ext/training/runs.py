@@ -12,7 +12,7 @@ from gunn_ext.models import create_model
 from gunn_ext.training.checkpoint import load_checkpoint, load_weights
 from gunn_ext.training.config import Config
 from gunn_ext.training.datasets import load_data
-from gunn_ext.training.distributed import World, join_world
+from gunn_ext.training.distributed import join_world
 from gunn_ext.training.errors import CheckpointError, ConfigError
 from gunn_ext.training.evaluation import Ensemble, Evaluation, evaluate
 from gunn_ext.training.precision import autocast
@@ -97,7 +97,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run's network on the test split of its data, in the precision of the run.
 
-    Processes that torchrun starts share the images; each returns the result for all.
+    Processes that torchrun starts, or that belong to a process group, share the images: all must call it, and each
+    returns the result for all.
 
     Args:
         path: The run directory.
@@ -109,11 +110,7 @@ def evaluate_run(
         RunDirectoryError: There is no run.
         CheckpointError: A checkpoint is missing, damaged, of another model or of other classes than the data has.
     """
-    with join_world(device) as world:
-        return _evaluate_run(path, checkpoint, world, ensemble)
-
-
-def _evaluate_run(path: Path | str, checkpoint: str, world: World, ensemble: int | None) -> Evaluation:
+    world = join_world(device)
     where = world.device
     trained = load_run(path, checkpoint, where, ensemble=ensemble)
     config = trained.config

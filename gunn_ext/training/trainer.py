@@ -65,10 +65,8 @@ def train(
         DivergenceError: The loss is not finite any more; the last good checkpoint is kept.
         TrainingInterrupted: A signal asked to stop.
     """
-    with (
-        join_world(config.device) as world,
-        torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
-    ):
+    world = join_world(config.device)
+    with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         run = _Run(config.resolved(), world, model, reporter if reporter and world.is_main else SilentReporter())
         run.begin(resume)
