@@ -154,7 +154,12 @@ def join_world(device: str) -> World:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not given:
-        dist.init_process_group("gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl")
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # One agent has started all. What the store of its earlier attempts holds are addresses of dead processes.
+            store = dist.PrefixStore(f"attempt {restarts()}", store)
+        backend = "gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         atexit.register(dist.destroy_process_group)
     return World(where, dist.get_rank(), dist.get_world_size())
 
