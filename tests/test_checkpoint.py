@@ -39,7 +39,7 @@ def test_a_checkpoint_of_version_1_is_read_with_what_it_lacked(tmp_path):
     path = tmp_path / "last.pt"
     torch.save({"format": "gunn_ext.checkpoint", "version": 1, **content()}, path)
     loaded = load_checkpoint(path)
-    assert (loaded["scaler_state"], loaded["average_state"], loaded["steps_taken"]) == (None, None, 0)
+    assert [loaded[k] for k in ("scaler_state", "average_state", "steps_taken", "image_shape")] == [None, None, 0, None]
     load_weights(model := torch.nn.Linear(3, 2), loaded, path, averaged=True)
     assert torch.equal(model.weight, loaded["model_state"]["weight"])
 

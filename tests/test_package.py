@@ -47,7 +47,13 @@ def test_wheel_carries_types_and_data():
     installed = {str(file) for file in metadata.files("gunn-ext") or []}
     if not any(name.startswith("gunn_ext/") and name.endswith("py.typed") for name in installed):
         pytest.skip("an editable install: its files are those of the clone")
-    for name in ("gunn_ext/data/digits.npz", "gunn_ext/data/DIGITS.md", "gunn_ext/_core.pyi", "gunn_ext/ops.py"):
+    for name in (
+        "gunn_ext/data/digits.npz",
+        "gunn_ext/data/DIGITS.md",
+        "gunn_ext/_core.pyi",
+        "gunn_ext/ops.py",
+        "gunn_ext/training/recipes/gunn15-cifar10.yaml",
+    ):
         assert name in installed, name
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in installed)
 

@@ -222,7 +222,7 @@ def test_a_run_of_before_these_settings_resumes(tmp_path):
     old["schedule"] = {name: values["schedule"][name] for name in ("drops", "factor")}
     file.write_text(yaml.safe_dump(old))
     content = load_checkpoint(output / "last.pt")
-    for name in ("scaler_state", "average_state", "steps_taken"):
+    for name in ("scaler_state", "average_state", "steps_taken", "image_shape"):
         del content[name]
     torch.save({**content, "version": 1}, output / "last.pt")
     train(small_config(output), resume=True, model=small_net())

@@ -1,7 +1,9 @@
 """The training step with small doubles: a batch in parts and whole, clipping, skipped steps, averages, no waiting."""
 
 import copy
+import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gunn_ext.training import Config, ConfigError, OptimizerConfig
+from gunn_ext.bench import training as bench
+from gunn_ext.cli import main
+from gunn_ext.training import Config, ConfigError, FakeConfig, OptimizerConfig
+from gunn_ext.training import step as step_module
 from gunn_ext.training.optimization import make_optimizer
 from gunn_ext.training.step import TrainingStep
 
@@ -268,3 +273,72 @@ def test_a_state_continues_bitwise_and_a_foreign_one_is_refused():
             assert torch.equal(ours.state_dict()[name], value), name
     with pytest.raises((KeyError, ValueError)):
         make(optimizer=OptimizerConfig(name="adam")).load_state_dict({"optimizer_state": {}})
+
+
+# the time of a step -------------------------------------------------------------------------------------------------
+
+
+def test_bench_step_runs_the_phases_of_a_step_in_order_and_splits_its_time(monkeypatch, tmp_path, capsys):
+    clock, done = iter([0.0] * 8 + [1.0, 2.0, 5.0, 2.0, 3.0, 4.0, 7.0, 6.0]), []
+
+    def timed(work):
+        done.append(work.__name__)
+        work()
+        return next(clock)
+
+    monkeypatch.setattr(bench, "clock_for", lambda device: timed)
+    arguments = ["--data=fake", "--fake.shape=[3,8,8]", "--fake.train_images=8", "--batch-size=4", "--device=cpu",
+                 "--precision=bfloat16", "--repeats=2", f"--json={tmp_path}/r.json"]  # fmt: skip
+    assert main(["bench", "step", *arguments]) == 0
+    assert done == ["_load", "_forward", "_backward", "_update"] * 4
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(row["peer"], row["ms"]) for row in rows] == [
+        ("data", 2.0), ("forward", 3.0), ("backward", 6.0), ("optimizer", 4.0), ("step", 15.0)]  # fmt: skip
+    assert [row["share_of_step"] for row in rows] == pytest.approx([4 / 30, 6 / 30, 12 / 30, 8 / 30, 1], rel=1e-4)
+    assert {(row["layer"], row["batch"], row["dtype"]) for row in rows} == {("gunn_tiny", 4, "bfloat16")}
+    assert "backward       6.000 ms" in capsys.readouterr().out
+
+
+def test_the_phases_make_the_step_of_a_run():
+    config = Config(data="fake", fake=FakeConfig(shape=(3, 8, 8), train_images=8), batch_size=4, device="cpu")
+    split = bench.SplitStep(config)
+    split.step.update = lambda rate: TrainingStep.update(split.step, 0.1)
+    whole = copy.deepcopy(split.step.model)
+    for work in split.phases().values():
+        work()
+    TrainingStep(whole, config, CPU)(split.inputs, split.labels, rate=0.1)
+    assert int(split.step.taken) == 1
+    for ours, theirs in zip(split.step.model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# CUDA graphs, the graph itself feigned ------------------------------------------------------------------------------
+
+
+class Feigned:
+    """Stands for `Replay`: warms up, and replays by doing the work again, into the tensors of the capture."""
+
+    def __init__(self, work):
+        for _ in range(3):
+            work()
+        self.work, self.outputs = work, work()
+
+    def __call__(self):
+        for output, value in zip(self.outputs, self.work(), strict=True):
+            output.copy_(value)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_replayed_step_reads_every_batch_and_warming_up_leaves_no_trace(monkeypatch, precision):
+    monkeypatch.setattr(step_module, "Replay", Feigned)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    models = [nn.Sequential(nn.BatchNorm2d(1), *net()) for _ in range(2)]
+    graphed, plain = (make(m, precision=precision, cuda_graph=g) for m, g in zip(models, (True, False), strict=True))
+    for count in range(3):
+        x, y = batch()
+        outputs = [step(x + count, y, rate=0.1) for step in (graphed, plain)]
+        assert torch.equal(outputs[0][0], outputs[1][0])
+        assert outputs[0][1] == outputs[1][1]
+    for name, value in models[1].state_dict().items():
+        assert torch.equal(models[0].state_dict()[name], value), name
+    assert int(graphed.taken) == 3

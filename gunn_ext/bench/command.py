@@ -27,8 +27,11 @@ from gunn_ext.bench.predict import HEADER, PARTS_HEADER, aligned, markdown, part
 from gunn_ext.bench.profiles import profile_layers
 from gunn_ext.bench.rows import read_json, write_json
 from gunn_ext.bench.steps import FORMATS
+from gunn_ext.bench.training import measure_step
 from gunn_ext.bench.tune import update_table
 from gunn_ext.choice import TABLE
+from gunn_ext.commands.settings import parse_train_arguments
+from gunn_ext.training.device import resolve_device
 
 USAGE = """\
 usage: gunn bench COMMAND [OPTIONS]
@@ -39,6 +42,7 @@ commands:
   layer [NAME...]   named layers (default: those of GUNN-15), or one of any sizes
   sweep [NAME]      one layer over the number of segments, or over the batch size
   model [NAME...]   a training step or an evaluation of whole networks
+  step              where the time of a training step goes: data, forward, backward, optimiser
   memory [NAME]     what a training step keeps and grows by on the CPU, each variant in a process of its own
   predict [NAME...] what the performance model says, without measuring anything
   tune FILE         from measured rows, the table of which CUDA driver serves a layer
@@ -68,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         "layer": _layer,
         "sweep": _sweep,
         "model": _model,
+        "step": _step,
         "memory": _memory,
         "predict": _predict,
         "tune": _tune,
@@ -259,6 +264,31 @@ def _model(arguments: list[str]) -> int:
     contest = _contest(options)
     measure_models(contest, names, options.size)
     return _finish(contest, options)
+
+
+def _step(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="gunn bench step",
+        usage="gunn bench step [--repeats N] [--json FILE] [OPTIONS OF gunn train]",
+        description="Time data, forward, backward and optimiser of a training step, set up as gunn train sets it up.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="steps that count (default: 9)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    options, others = parser.parse_known_args(arguments)
+    if options.repeats < 2:
+        raise ValueError(f"--repeats must be at least 2, got {options.repeats}.")
+    config, _ = parse_train_arguments(others)
+    if config.cuda_graph:
+        raise ValueError("gunn bench step times forward and backward apart, a CUDA graph joins them: cuda_graph=false.")
+    rows = measure_step(config, options.repeats)
+    print(f"{config.model} on {config.data}, batch {rows[0]['batch']}, {config.precision}")
+    for row in rows:
+        share = f"{100 * row['share_of_step']:5.1f} %"
+        print(f"  {row['peer']:10} {row['ms']:9.3f} ms [{row['ms_20']:.3f} {row['ms_80']:.3f}] {share}")
+    if options.json:
+        write_json(options.json, environment(resolve_device(config.device).type), rows)
+    return 0
 
 
 def _memory(arguments: list[str]) -> int:

@@ -59,6 +59,8 @@ def reproduce(arguments: list[str]) -> int:
     options, others = parser.parse_known_args(arguments)
     folder = Path(options.output or "runs")
     lines = [load_recipe(name) for name in list_recipes(options.table)]
+    if options.table.startswith("figure"):
+        require_matplotlib("train its recipes one by one, gunn recipes lists them")
     _refuse(others, "seed", "recipe", "resume")
     configs = [
         [
@@ -67,7 +69,7 @@ def reproduce(arguments: list[str]) -> int:
         ]
         for recipe in lines
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for recipe, seeds in zip(lines, configs, strict=True):
         trials = [run_trial(config, make_reporter(), ensemble=recipe.ensemble) for config in seeds]
         rows.append(
@@ -91,6 +93,10 @@ def reproduce(arguments: list[str]) -> int:
     )
     _report_failures(rows)
     print(f"test errors in %, after the last epoch; {folder / options.table}.json")
+    if options.table.startswith("figure"):
+        outputs = [Path(trial["output"]) for row in rows for trial in row["trials"] if trial["failure"] is None]
+        plot_curves(read_curves(outputs), folder / f"{options.table}.png")
+        print(folder / f"{options.table}.png")
     return 0
 
 

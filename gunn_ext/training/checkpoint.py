@@ -19,7 +19,8 @@ from gunn_ext.training.errors import CheckpointError
 FORMAT = "gunn_ext.checkpoint"
 VERSION = 2
 READABLE = (1, 2)
-_VERSION_1 = {"scaler_state": None, "average_state": None, "steps_taken": 0}  # what version 2 added, as 1 had it
+# What version 2 added, as 1 had it.
+_VERSION_1 = {"scaler_state": None, "average_state": None, "steps_taken": 0, "image_shape": None}
 _KEYS = {"config", "model", "model_state", "optimizer_state", "epoch", "best", "progress", "normalization", "versions"}
 
 

@@ -63,7 +63,7 @@ def read_curves(runs: Sequence[Path]) -> list[Curve]:
         if not records:
             raise RunDirectoryError(f"{run} has no finished epoch yet; leave it out, or wait.")
         groups.setdefault(_settings(directory.load_config()), []).append(records)
-    common = set.intersection(*(set(settings) for settings in groups))
+    common = set.intersection(*(set(settings) for settings in groups)) if groups else set()
     curves = []
     for settings, members in groups.items():
         special = [(name, value) for name, value in settings if (name, value) not in common]

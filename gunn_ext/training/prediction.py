@@ -44,14 +44,14 @@ def predict_images(
     where = resolve_device(device)
     trained = load_run(run, checkpoint, where, ensemble=ensemble)
     config = trained.config
-    height, width = config.image_shape[1:]
+    channels, height, width = trained.image_shape
     files = find_images(paths)
     mean = torch.tensor(trained.mean, device=where).view(1, -1, 1, 1)
     std = torch.tensor(trained.std, device=where).view(1, -1, 1, 1)
     found = []
     for start in range(0, len(files), config.eval_batch_size):
         some = files[start : start + config.eval_batch_size]
-        images = torch.stack([fitted(read_image(file, trained.in_chans), height, width) for file in some]).to(where)
+        images = torch.stack([fitted(read_image(file, channels), height, width) for file in some]).to(where)
         with torch.no_grad(), autocast(where, getattr(torch, config.precision)):
             logits = trained.model((images - mean) / std)
         for file, row in zip(some, widened(logits).softmax(1).tolist(), strict=True):
@@ -110,7 +110,7 @@ def read_image(path: Path, channels: int) -> Tensor:
         array = _decode(path, channels)
     else:
         raise ValueError(f"{path}: unknown kind of file; expected .npy {' '.join(PICTURES)}.")
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 2, 0))).to(torch.float32)
+    return torch.from_numpy(np.moveaxis(array, 2, 0).astype(np.float32))
 
 
 def fitted(image: Tensor, height: int, width: int) -> Tensor:
@@ -128,7 +128,7 @@ def _decode(path: Path, channels: int) -> np.ndarray:
         from PIL import Image
     except ImportError as error:
         raise ValueError(
-            f'{path}: pictures need Pillow, which cannot be imported here ({error}); pip install "gunn-ext[imagenet]", '
+            f'{path}: pictures need Pillow, which cannot be imported here ({error}); pip install "gunn-ext[images]", '
             "or give .npy files."
         ) from error
     mode = {1: "L", 3: "RGB"}.get(channels)

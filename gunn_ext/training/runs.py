@@ -27,7 +27,7 @@ class Trained:
         model: In evaluation mode; an `Ensemble` of snapshots where these were asked for.
         config: Of the run.
         classes: That it tells apart.
-        in_chans: Channels of its images.
+        image_shape: (C, H, W) of its images.
         mean: Of the training images, per channel, on the scale 0 … 255.
         std: Likewise.
         files: The checkpoints it came from.
@@ -36,7 +36,7 @@ class Trained:
     model: nn.Module
     config: Config
     classes: int
-    in_chans: int
+    image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     files: tuple[Path, ...]
@@ -85,7 +85,7 @@ def load_run(
         model=models[0] if ensemble is None else Ensemble(models).eval(),
         config=config,
         classes=facts["num_classes"],
-        in_chans=facts["in_chans"],
+        image_shape=tuple(content["image_shape"] or config.image_shape),
         mean=tuple(normalization["mean"]),
         std=tuple(normalization["std"]),
         files=tuple(files),
@@ -115,11 +115,11 @@ def evaluate_run(
     trained = load_run(path, checkpoint, where, ensemble=ensemble)
     config = trained.config
     data = load_data(config, where)
-    if (data.classes, data.image_shape[0]) != (trained.classes, trained.in_chans):
+    if (data.classes, data.image_shape[0]) != (trained.classes, trained.image_shape[0]):
         raise CheckpointError(
-            f"{trained.files[0]}: a network for {trained.classes} classes and {trained.in_chans} channels, but the "
-            f"data set {config.data} has {data.classes} and {data.image_shape[0]}. Restore config.yaml and the data "
-            "of the run."
+            f"{trained.files[0]}: a network for {trained.classes} classes and {trained.image_shape[0]} channels, but "
+            f"the data set {config.data} has {data.classes} and {data.image_shape[0]}. Restore config.yaml and the "
+            "data of the run."
         )
     batches = data.evaluation_batches(data.test.part(world.part), config.eval_batch_size)
     return evaluate(trained.model, batches, autocast(where, getattr(torch, config.precision)), world)

@@ -185,6 +185,7 @@ class _Run:
                 "epoch": self.epoch,
                 "best": self.best,
                 "progress": self.progress,
+                "image_shape": list(self.data.image_shape),
                 "normalization": {"mean": list(self.data.mean), "std": list(self.data.std)},
                 "versions": versions(),
             },
