@@ -218,6 +218,23 @@ def test_nets_of_others_have_the_size_of_their_papers(name, parameters):
     assert model(image).shape == (2, classes)
 
 
+def test_batches_of_data_sets_are_counted(capsys, tmp_path):
+    status, out, err = bench(
+        capsys, "data", "digits", "fake", "--batch=100", "--batches=3", "--repeats=2", "--json", tmp_path / "d.json"
+    )
+    assert (status, err) == (0, "")
+    facts, rows = read_json(tmp_path / "d.json")
+    assert [row["data"] for row in rows] == ["digits", "fake"]
+    assert [(row["images"], row["shape"], row["batch"], row["batches"]) for row in rows] == [
+        (1437, "1x16x16", 100, 3),
+        (512, "3x32x32", 100, 3),
+    ]
+    for row in rows:
+        assert row["images_per_second_least"] <= row["images_per_second"] <= row["images_per_second_most"]
+    assert out.count(" images/s [") == 2
+    assert facts["torch"] == torch.__version__
+
+
 def test_memory_is_measured_in_a_process_of_its_own(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "VARIANTS", ("ours",))
     assert bench(capsys, "memory", "gunn_tiny", "--batch=2", "--json", tmp_path / "m.json")[0] == 0
@@ -269,7 +286,7 @@ def test_tables_are_those_of_the_committed_results(name):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["race"], ["unknown command 'race'", "expected layer, sweep, model, memory, predict"]),
+        (["race"], ["unknown command 'race'", "expected layer, sweep, model, memory, data, predict"]),
         (["layer", "gunn15-33"], ["unknown layer 'gunn15-33'", "Did you mean gunn15-3", "--channels"]),
         (["layer", "--channels=250", "--segments=20"], ["channels (250)", "segments (20)", "240 or 260"]),
         (["layer", "--channels=250"], ["needs both --channels and --segments"]),
@@ -293,6 +310,9 @@ def test_tables_are_those_of_the_committed_results(name):
         (["model", "gunn16"], ["unknown model 'gunn16'", "gunn15", "resnet50"]),
         (["model", "--size=0"], ["--size must be at least 1, got 0"]),
         (["memory", "resnet50"], ["resnet50 has none"]),
+        (["data", "mnist"], ["data must be one of digits, shapes, cifar10"]),
+        (["data", "digits", "--batches=1"], ["--batches must be at least 2, got 1"]),
+        (["data", "digits", "--batch=1000"], ["1437 training images make fewer than two batches of 1000"]),
         (["memory", "--batch=0"], ["--batch must be at least 1, got 0"]),
         (["predict", "gunn99"], ["unknown layer 'gunn99'"]),
         (["predict", "--dtype=float64"], ["float64", "bfloat16"]),

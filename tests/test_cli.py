@@ -15,6 +15,7 @@ import gunn_ext
 from gunn_ext import cli
 from gunn_ext.commands.settings import parse_train_arguments
 from gunn_ext.training import Config, OptimizerConfig, load_config
+from gunn_ext.training.data_config import DATASETS
 
 SMALL = ["--data=fake", "--fake.shape=[1,8,8]", "--fake.classes=3", "--fake.train_images=16", "--fake.test_images=6",
          "--batch-size=8", "--device=cpu"]  # fmt: skip
@@ -82,7 +83,10 @@ def test_a_saved_configuration_is_a_file_for_config(tmp_path):
         (["--lr", "abc"], "lr: expected a float, got abc."),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0."),
         (["--batch-size", "2.5"], "batch_size: expected an int, got 2.5."),
-        (["--data", "digit"], "data must be one of digits, shapes, fake, got 'digit'. Did you mean 'digits'?"),
+        (
+            ["--data", "digit"],
+            f"data must be one of {', '.join(DATASETS)}, got 'digit'. Did you mean 'digits'?",
+        ),
         (["--model", "gun15"], "Unknown model 'gun15'. Did you mean gunn15"),
         (["--lr"], "argument --lr: expected one argument"),
         (["gunn15"], "unexpected argument 'gunn15'; settings are given as --name value."),

@@ -36,6 +36,7 @@ from gunn_ext.training import (
     save_config,
     train,
 )
+from gunn_ext.training.data_config import DATASETS
 from gunn_ext.training.progress import BarReporter, clock, epoch_line
 
 
@@ -125,7 +126,7 @@ def test_a_file_need_name_only_what_differs_and_may_write_numbers_shortly(tmp_pa
         ("lrr: 0.1", "unknown setting 'lrr'. Did you mean 'lr'?"),
         ("optimizer: {momentun: 0.1}", "unknown setting 'optimizer.momentun'. Did you mean 'optimizer.momentum'?"),
         ("momentum: 0.1", "unknown setting 'momentum'. Did you mean 'optimizer.momentum'?"),
-        ("zzzzzz: 1", "unknown setting 'zzzzzz'. Known settings: model, data, epochs"),
+        ("zzzzzz: 1", "unknown setting 'zzzzzz'. Known settings: model, data, data_path, epochs"),
         ("optimizer: 3", "optimizer must be a mapping of settings to values, got 3."),
         ("[1, 2]", "expected a mapping of settings to values, got [1, 2]."),
         ("lr: fast", "lr must be a number, got 'fast'."),
@@ -156,7 +157,10 @@ def test_a_missing_file_is_named(tmp_path):
         (lambda: Config(lr=math.inf), "lr must be a finite number above 0, got inf."),
         (lambda: Config(lr=0), "lr must be a finite number above 0, got 0."),
         (lambda: Config(seed=-1), "seed must be from 0 to 4294967295, got -1."),
-        (lambda: Config(data="digit"), "data must be one of digits, shapes, fake, got 'digit'. Did you mean 'digits'?"),
+        (
+            lambda: Config(data="digit"),
+            f"data must be one of {', '.join(DATASETS)}, got 'digit'. Did you mean 'digits'?",
+        ),
         (lambda: Config(device="tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'."),
         (lambda: Config(model=""), "model must be a text, got ''."),
         (lambda: Config(optimizer={}), "optimizer must be a OptimizerConfig, got {}."),

@@ -14,6 +14,7 @@ import torch
 from gunn_ext.analysis.performance import BYTES, H200, PASSES, LayerSizes
 from gunn_ext.bench.cases import DEFAULT, LAYERS, Case, custom_case, divisors, named_case, reduced
 from gunn_ext.bench.contest import DTYPES, Contest, Settings
+from gunn_ext.bench.data import READY, measure_data
 from gunn_ext.bench.environment import environment
 from gunn_ext.bench.layers import measure_layers, sweep_segments
 from gunn_ext.bench.memory import PAPER_GB, measure_memory
@@ -31,6 +32,8 @@ from gunn_ext.bench.training import measure_step
 from gunn_ext.bench.tune import update_table
 from gunn_ext.choice import TABLE
 from gunn_ext.commands.settings import parse_train_arguments
+from gunn_ext.training.config import Config
+from gunn_ext.training.data_config import FolderConfig
 from gunn_ext.training.device import resolve_device
 
 USAGE = """\
@@ -44,6 +47,7 @@ commands:
   model [NAME...]   a training step or an evaluation of whole networks
   step              where the time of a training step goes: data, forward, backward, optimiser
   memory [NAME]     what a training step keeps and grows by on the CPU, each variant in a process of its own
+  data [NAME...]    how fast training batches of data sets come
   predict [NAME...] what the performance model says, without measuring anything
   tune FILE         from measured rows, the table of which CUDA driver serves a layer
 
@@ -74,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         "model": _model,
         "step": _step,
         "memory": _memory,
+        "data": _data,
         "predict": _predict,
         "tune": _tune,
     }
@@ -312,6 +317,46 @@ def _memory(arguments: list[str]) -> int:
         print(f"  {row['peer']:24} {figures}")
     if options.json:
         write_json(options.json, environment("cpu"), rows)
+    return 0
+
+
+def _data(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="gunn bench data", description="Images a second of training batches, augmented, with no network behind."
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of data sets (default: {' '.join(READY)})")
+    parser.add_argument("--data-path", help="file or folder of a data set that is read from disk")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--batch", type=int, default=64, help="images (default: 64)")
+    parser.add_argument("--workers", type=int, default=FolderConfig.workers, help="that decode files (default: 4)")
+    parser.add_argument("--batches", type=int, default=50, help="of a pass, at most (default: 50)")
+    parser.add_argument("--repeats", type=int, default=5, help="passes (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    options = parser.parse_args(arguments)
+    for name, least in (("batches", 2), ("repeats", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}.")
+    configs = [
+        Config(
+            data=name,
+            data_path=options.data_path,
+            device=options.device,
+            batch_size=options.batch,
+            folder=FolderConfig(workers=options.workers),
+        )
+        for name in options.names or READY
+    ]
+    rows = []
+    for config in configs:
+        row = measure_data(config, options.batches, options.repeats)
+        rows.append(row)
+        print(
+            f"{row['data']:10} {row['shape']:>9} batch {row['batch']}  {row['images_per_second']:10,.0f} images/s "
+            f"[{row['images_per_second_least']:,.0f} {row['images_per_second_most']:,.0f}]  first batch "
+            f"{row['first_ms']:.1f} ms  loaded in {row['load_seconds']:.1f} s"
+        )
+    if options.json:
+        write_json(options.json, environment(options.device), rows)
     return 0
 
 

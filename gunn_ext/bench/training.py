@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gunn_ext.bench.rows import Row
 from gunn_ext.bench.timing import clock_for, summary
-from gunn_ext.data import Augmentation, ImageDataset, batches
+from gunn_ext.data import Augmentation, Dataset, batches
 from gunn_ext.models import create_model
 from gunn_ext.training.config import Config
 from gunn_ext.training.datasets import load_data
@@ -33,7 +33,7 @@ class SplitStep:
         """Build data, network and step as a run does."""
         config = config.resolved()
         self.config, self.device = config, resolve_device(config.device)
-        self.data: ImageDataset = load_data(config, self.device)
+        self.data: Dataset = load_data(config, self.device)
         torch.manual_seed(config.seed)
         model = create_model(config.model, self.data.classes, self.data.image_shape[0]).to(self.device)
         if config.channels_last:

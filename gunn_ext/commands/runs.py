@@ -18,14 +18,7 @@ def train(arguments: list[str]) -> int:
     """Train a network."""
     config, resume = parse_train_arguments(arguments)
     result = train_network(config, resume=resume, reporter=make_reporter())
-    if result.test_accuracy is None or result.best_accuracy is None:
-        print("no test images, hence no test accuracy")
-    else:
-        correct = round(result.test_accuracy * result.test_count)
-        print(
-            f"test accuracy {100 * result.test_accuracy:.2f} % ({correct} of {result.test_count}) after epoch "
-            f"{result.epochs}; best {100 * result.best_accuracy:.2f} % after epoch {result.best_epoch + 1}"
-        )
+    print(result.describe())
     print(
         f"trained in {result.train_seconds:.1f} s, {result.images_per_second:,.0f} images/s, backend {result.backend}"
     )

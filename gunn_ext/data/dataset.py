@@ -2,14 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gunn_ext.data.augment import Augmentation, augment
 from gunn_ext.data.part import WHOLE, Part
+
+
+class AnySplit(Protocol):
+    """Images with labels, of any kind: `Split` in memory, `gunn_ext.data.folder.FileSplit` in files."""
+
+    @property
+    def labels(self) -> Tensor:
+        """``(n,)`` int64."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def take(self, indices: Tensor) -> Any:
+        """Some of the images, in the order of ``indices``, as a split of the same kind."""
+
+
+class Dataset(Protocol):
+    """What training and evaluation need of a data set, wherever its images lie.
+
+    `ImageDataset` holds them on the device; `gunn_ext.data.folder.FolderDataset` decodes files on the way. The splits
+    are opaque to everyone but the data set itself, save for their length and labels.
+    """
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+
+    @property
+    def train(self) -> Any:
+        """Training split, an `AnySplit`, like the other two."""
+
+    @property
+    def test(self) -> Any:
+        """Test split."""
+
+    @property
+    def validation(self) -> Any:
+        """Split to choose by, held out of the training images; or None."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; labels are 0 … classes - 1."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, on the scale 0 … 255; with ``std``, the normalisation of every batch."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise."""
+
+    @property
+    def mirror(self) -> bool:
+        """Whether a mirrored image is still an image of its class."""
+
+    def training_batches(
+        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator, part: Part = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs ``(B, C, H, W)`` float32 and labels ``(B,)`` of the images of each batch, normalised and augmented.
+
+        All that is random is a function of the generator's state and the images' places in ``order``; of each batch
+        only a part is yielded.
+        """
+
+    def evaluation_batches(self, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels of every image of a split once, in its order, normalised.
+
+        Inputs are ``(B, C, H, W)``, or ``(B, V, C, H, W)`` for V views of an image, whose predictions are averaged.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,10 +110,9 @@ class Split:
         """Number of images."""
         return self.images.shape[0]
 
-    def part(self, part: Part) -> Split:
-        """A part of it, for one of several processes."""
-        own = part.range(len(self))
-        return Split(self.images[own], self.labels[own])
+    def take(self, indices: Tensor) -> Split:
+        """Some of the images, in the order of ``indices``."""
+        return Split(self.images[indices], self.labels[indices])
 
     def to(self, device: torch.device | str) -> Split:
         """The same split on ``device``."""
@@ -58,6 +131,7 @@ class ImageDataset:
         mean: Per channel, over the training split, on the scale 0 … 255.
         std: Likewise; not 0.
         mirror: Whether a mirrored image is still an image of its class, hence the default of that augmentation.
+        validation: Split held out of the training images, where one was asked for.
     """
 
     name: str
@@ -67,6 +141,7 @@ class ImageDataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mirror: bool
+    validation: Split | None = None
 
     @classmethod
     def from_splits(cls, name: str, train: Split, test: Split, classes: int, *, mirror: bool) -> ImageDataset:
@@ -99,13 +174,12 @@ class ImageDataset:
 
     def to(self, device: torch.device | str) -> ImageDataset:
         """The same data set on ``device``."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        held_out = None if self.validation is None else self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=held_out)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 images ``(B, C, H, W)`` to float32 of mean 0 and variance 1 per channel of the training split."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
-        return (images.to(torch.float32) - mean) / std
+        return normalized(images, self.mean, self.std)
 
     def training_batches(
         self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator, part: Part = WHOLE
@@ -134,6 +208,13 @@ class ImageDataset:
         """
         for start in range(0, len(split), batch_size):
             yield self.normalize(split.images[start : start + batch_size]), split.labels[start : start + batch_size]
+
+
+def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images ``(…, C, H, W)`` on the scale 0 … 255 as float32, less the mean of each channel, over its deviation."""
+    shape = (-1, 1, 1)
+    means, stds = (torch.tensor(values, device=images.device).view(shape) for values in (mean, std))
+    return (images.to(torch.float32) - means) / stds
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

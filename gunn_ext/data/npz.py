@@ -1,10 +1,12 @@
-"""Reads arrays of a .npz file (a zip of .npy files) as tensors, without NumPy, which torch does not require."""
+"""Reads arrays of .npy files and of .npz files (zips of those) as tensors, without NumPy and without unpickling."""
 
 from __future__ import annotations
 
 import ast
+import math
 import struct
 import zipfile
+import zlib
 from typing import IO
 
 import torch
@@ -31,31 +33,40 @@ def read_npz(file: IO[bytes], name: str) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(file) as archive:
             return {
-                member.removesuffix(".npy"): _parse_npy(archive.read(member), f"{name}/{member}")
+                member.removesuffix(".npy"): read_npy(archive.read(member), f"{name}/{member}")
                 for member in archive.namelist()
             }
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{name}: not a readable .npz file ({error}); the file is damaged, install again.") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{name}: not a readable .npz file ({error}); the file is damaged.") from error
 
 
-def _parse_npy(content: bytes, name: str) -> Tensor:
+def read_npy(content: bytes, name: str) -> Tensor:
+    """Read the array of a .npy file.
+
+    Args:
+        content: Of the file.
+        name: Of the file, for error messages.
+
+    Raises:
+        ValueError: The file is damaged, or its array not of C-ordered little-endian numbers.
+    """
     if content[:6] != _MAGIC or len(content) < 12:
         raise ValueError(f"{name}: starts with {content[:6]!r}, expected {_MAGIC!r}; the file is damaged.")
     size_format = "<H" if content[6] == 1 else "<I"
     start = 8 + struct.calcsize(size_format)
     (header_size,) = struct.unpack(size_format, content[8:start])
     data = start + header_size
-    header = ast.literal_eval(content[start:data].decode("latin1").strip())
-    dtype = _DTYPES.get(header["descr"])
-    if dtype is None or header["fortran_order"]:
+    try:
+        header = ast.literal_eval(content[start:data].decode("latin1").strip())
+        descr, fortran, shape = header["descr"], bool(header["fortran_order"]), tuple(map(int, header["shape"]))
+    except (SyntaxError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{name}: its header is not that of a .npy file ({error}); the file is damaged.") from error
+    dtype = _DTYPES.get(str(descr))
+    if dtype is None or fortran:
         raise ValueError(
-            f"{name}: dtype {header['descr']!r}, Fortran order {header['fortran_order']}; expected C order and one of "
-            f"{', '.join(_DTYPES)}."
+            f"{name}: dtype {descr!r}, Fortran order {fortran}; expected C order and one of {', '.join(_DTYPES)}."
         )
-    shape = tuple(header["shape"])
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     expected = count * dtype.itemsize
     if len(content) - data != expected:
         raise ValueError(f"{name}: {len(content) - data} bytes of data, expected {expected}; the file is damaged.")

@@ -7,7 +7,14 @@
 
 from gunn_ext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from gunn_ext.training.config import AugmentConfig, Config, load_config, save_config
-from gunn_ext.training.data_config import DigitsConfig, FakeConfig, ShapesConfig
+from gunn_ext.training.data_config import (
+    CifarConfig,
+    DigitsConfig,
+    FakeConfig,
+    FolderConfig,
+    ShapesConfig,
+    ValidationConfig,
+)
 from gunn_ext.training.datasets import load_data
 from gunn_ext.training.errors import (
     CheckpointError,
@@ -28,6 +35,7 @@ __all__ = [
     "AugmentConfig",
     "BarReporter",
     "CheckpointError",
+    "CifarConfig",
     "Config",
     "ConfigError",
     "DigitsConfig",
@@ -35,6 +43,7 @@ __all__ = [
     "Ensemble",
     "Evaluation",
     "FakeConfig",
+    "FolderConfig",
     "LineReporter",
     "OptimizerConfig",
     "Reporter",
@@ -45,6 +54,7 @@ __all__ = [
     "SilentReporter",
     "Trained",
     "TrainingInterrupted",
+    "ValidationConfig",
     "evaluate",
     "evaluate_run",
     "learning_rate",

@@ -16,7 +16,18 @@ from typing import Any, TypeVar
 import torch
 
 from gunn_ext.training import checks
-from gunn_ext.training.data_config import DATASETS, LARGEST_SEED, DigitsConfig, FakeConfig, ShapesConfig
+from gunn_ext.training.data_config import (
+    DATASETS,
+    FILES,
+    LARGEST_SEED,
+    NATURAL,
+    CifarConfig,
+    DigitsConfig,
+    FakeConfig,
+    FolderConfig,
+    ShapesConfig,
+    ValidationConfig,
+)
 from gunn_ext.training.errors import ConfigError
 from gunn_ext.training.optimization_config import OptimizerConfig, ScheduleConfig
 from gunn_ext.training.precision import PRECISIONS
@@ -29,9 +40,10 @@ class AugmentConfig:
     """What is done to training images.
 
     Args:
-        mirror: Mirror with probability 1/2; null: where the data set allows it (digits do not).
+        mirror: Mirror with probability 1/2; null: where the data set allows it (digits and arrays do not).
         crop_padding: Shift by up to this many pixels, filling with the mean colour; null: an eighth of the height on
-            natural images, a sixteenth on digits.
+            natural images, a sixteenth on digits, 0 on arrays
+            and on files, which are cropped anyway.
         cyclic_shift: With probability 2/3, roll by a uniform offset along one axis.
     """
 
@@ -54,7 +66,8 @@ class Config:
 
     Args:
         model: A registered model; `gunn models` lists them.
-        data: Data set: digits, shapes or fake.
+        data: Data set: digits, shapes, cifar10, cifar100, arrays, folder, imagenet or fake.
+        data_path: File or folder of a data set that is read from disk; null: the folder data.
         epochs: Passes over the training split.
         batch_size: Images of a training step, of all processes together.
         eval_batch_size: Images at a time in evaluation.
@@ -77,7 +90,10 @@ class Config:
         augment: Augmentation of the training images.
         digits: Options of the data set digits.
         shapes: Options of the data set shapes.
+        cifar: Options of the data sets cifar10 and cifar100.
+        folder: Options of the data sets folder and imagenet.
         fake: Options of the data set fake.
+        validation: A split held out of the training images.
 
     Raises:
         ConfigError: A value is of the wrong type, not finite or out of range.
@@ -85,6 +101,7 @@ class Config:
 
     model: str = "gunn_tiny"
     data: str = "digits"
+    data_path: str | None = None
     epochs: int = 16
     batch_size: int = 32
     eval_batch_size: int = 256
@@ -107,12 +124,19 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    cifar: CifarConfig = field(default_factory=CifarConfig)
+    folder: FolderConfig = field(default_factory=FolderConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         """Check the values, and those that depend on each other."""
         checks.string("model", self.model)
         checks.choice("data", self.data, DATASETS)
+        if self.data_path is not None:
+            checks.string("data_path", self.data_path)
+        if self.cifar.coarse and self.data != "cifar100":
+            raise ConfigError(f"cifar.coarse belongs to data=cifar100, got data={self.data}; leave it out.")
         checks.integer("epochs", self.epochs, least=1)
         checks.integer("batch_size", self.batch_size, least=1)
         checks.integer("eval_batch_size", self.eval_batch_size, least=1)
@@ -150,18 +174,27 @@ class Config:
                     f"{group.name} must be a {default.__name__}, got {getattr(self, group.name)!r}."  # type: ignore[attr-defined]
                 )
         self.schedule.check_epochs(self.epochs)
-        padding, height = self.augment.crop_padding, min(self.image_shape[1:])
-        if padding is not None and padding > height:
+        if self.data == "arrays" and self.data_path is None:
+            raise ConfigError("data=arrays needs data_path: a file .npz, .h5 or .hdf5, or a folder of files .npy.")
+        padding, shape = self.augment.crop_padding, self.image_shape
+        if padding is not None and shape is not None and padding > min(shape[1:]):
             raise ConfigError(
-                f"augment.crop_padding ({padding}) must not exceed the image size ({height}); lower it or enlarge the "
-                "images."
+                f"augment.crop_padding ({padding}) must not exceed the image size ({min(shape[1:])}); lower it or "
+                "enlarge the images."
             )
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images of this data set."""
-        size = self.digits.image_size
-        return {"digits": (1, size, size), "shapes": (3, 32, 32), "fake": self.fake.shape}[self.data]
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images of this data set; None where only its files know."""
+        if self.data == "arrays":
+            return None
+        if self.data == "fake":
+            return self.fake.shape
+        channels, size = {
+            "digits": (1, self.digits.image_size),
+            **dict.fromkeys(FILES, (3, self.folder.image_size)),
+        }.get(self.data, (3, 32))
+        return channels, size, size
 
     @property
     def run_directory(self) -> Path:
@@ -170,15 +203,12 @@ class Config:
 
     def resolved(self) -> Config:
         """The same settings with every null replaced by what it stands for; the device stays as it was asked for."""
-        natural = self.data != "digits"
+        natural, shape = self.data in NATURAL, self.image_shape
+        padding = 0 if shape is None or self.data in FILES else min(shape[1:]) // (8 if natural else 16)
         augment = replace(
             self.augment,
             mirror=natural if self.augment.mirror is None else self.augment.mirror,
-            crop_padding=(
-                min(self.image_shape[1:]) // (8 if natural else 16)
-                if self.augment.crop_padding is None
-                else self.augment.crop_padding
-            ),
+            crop_padding=padding if self.augment.crop_padding is None else self.augment.crop_padding,
         )
         return replace(self, output=str(self.run_directory), augment=augment)
 
@@ -198,12 +228,15 @@ class Config:
 
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configurations differ, by dotted name; where a run lies and on what is left out."""
+    """The settings in which two configurations differ, by dotted name.
+
+    What does not change a result is left out: where a run and its data lie, on what it ran, with how many workers.
+    """
     flat_ours, flat_theirs = (flattened(config.resolved().to_dict()) for config in (ours, theirs))
     return {
         name: (value, flat_theirs[name])
         for name, value in flat_ours.items()
-        if value != flat_theirs[name] and name not in ("output", "device")
+        if value != flat_theirs[name] and name not in ("output", "device", "data_path", "folder.workers")
     }
 
 

@@ -58,6 +58,13 @@ class World:
         """This process's part of every batch and split."""
         return Part(self.rank, self.size)
 
+    def own(self, split: Any) -> Any:
+        """This process's part of a split, an `gunn_ext.data.dataset.AnySplit`."""
+        if self.size == 1:
+            return split
+        everything = torch.arange(len(split), device=split.labels.device)
+        return split.take(everything[self.part.range(len(split))])
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes and reports."""

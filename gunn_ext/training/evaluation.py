@@ -62,6 +62,22 @@ class Ensemble(nn.Module):
         return torch.logsumexp(logs, 0) - math.log(len(self.members))
 
 
+def classify(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits of images, or of several views of each: then the logarithm of the mean of their softmax.
+
+    Args:
+        model: Maps ``(B, C, H, W)`` to logits ``(B, classes)``.
+        inputs: ``(B, C, H, W)``, or V views of each image, ``(B, V, C, H, W)``.
+
+    Returns:
+        ``(B, classes)``.
+    """
+    if inputs.dim() != 5:
+        return model(inputs)
+    logits = model(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+    return torch.logsumexp(F.log_softmax(widened(logits), 2), 1) - math.log(inputs.shape[1])
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -73,7 +89,8 @@ def evaluate(
 
     Args:
         model: Maps ``(B, C, H, W)`` to logits ``(B, classes)``.
-        batches: Inputs and labels, on the device of ``model``; may be empty, then the result counts none.
+        batches: Inputs, as for `classify`, and labels, on the device of ``model``; may be empty, then the result counts
+            none.
         context: Entered while the network computes, such as autocast.
         world: The processes that each classify batches of their own; the result counts those of all.
     """
@@ -84,7 +101,7 @@ def evaluate(
     try:
         for inputs, labels in batches:
             with context or nullcontext():
-                logits = model(inputs)
+                logits = classify(model, inputs)
             device = logits.device
             count += len(labels)
             among = logits.topk(min(TOP, logits.shape[1]), 1).indices == labels[:, None]

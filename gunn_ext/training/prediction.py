@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gunn_ext.data.photo import open_image
 from gunn_ext.training.device import resolve_device
 from gunn_ext.training.precision import autocast, widened
 from gunn_ext.training.runs import load_run
@@ -124,19 +125,8 @@ def fitted(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _decode(path: Path, channels: int) -> np.ndarray:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ValueError(
-            f'{path}: pictures need Pillow, which cannot be imported here ({error}); pip install "gunn-ext[images]", '
-            "or give .npy files."
-        ) from error
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"{path}: the network takes {channels} channels, pictures have 1 or 3; give .npy files.")
-    try:
-        with Image.open(path) as picture:
-            array = np.asarray(picture.convert(mode))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all of these on damaged files
-        raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
+    array = np.asarray(open_image(path, mode))
     return array if channels == 3 else array[..., None]

@@ -129,8 +129,9 @@ def opening_line(description: str, first_epoch: int) -> str:
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """One epoch in one line; epochs are counted from 1 for people."""
-    accuracy = record["test_accuracy"]
-    tested = "no test images" if accuracy is None else f"test {100 * accuracy:6.2f} %"
+    part = "test" if record.get("validation_accuracy") is None else "validation"
+    accuracy = record[f"{part}_accuracy"]
+    tested = "no test images" if accuracy is None else f"{part} {100 * accuracy:6.2f} %"
     return (
         f"epoch {record['epoch'] + 1:{len(str(epochs))}}/{epochs}  lr {record['lr']:.4g}  "
         f"loss {record['train_loss']:.4f}  {tested}  {record['images_per_second']:,.0f} img/s"

@@ -85,7 +85,7 @@ def load_run(
         model=models[0] if ensemble is None else Ensemble(models).eval(),
         config=config,
         classes=facts["num_classes"],
-        image_shape=tuple(content["image_shape"] or config.image_shape),
+        image_shape=tuple(content["image_shape"] or config.image_shape or ()),
         mean=tuple(normalization["mean"]),
         std=tuple(normalization["std"]),
         files=tuple(files),
@@ -121,5 +121,5 @@ def evaluate_run(
             f"the data set {config.data} has {data.classes} and {data.image_shape[0]}. Restore config.yaml and the "
             "data of the run."
         )
-    batches = data.evaluation_batches(data.test.part(world.part), config.eval_batch_size)
+    batches = data.evaluation_batches(world.own(data.test), config.eval_batch_size)
     return evaluate(trained.model, batches, autocast(where, getattr(torch, config.precision)), world)

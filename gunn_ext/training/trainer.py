@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import sys
@@ -44,10 +45,11 @@ def train(
     Processes that torchrun starts, or that belong to a process group, train it together; each is given the same
     arguments and returns the same result, rank 0 alone writes and reports.
 
-    After every epoch ``last.pt``, and ``best.pt`` where the test accuracy rose, hold the complete state; before the
-    first, ``last.pt`` holds the initial one. SIGINT and SIGTERM end the run after the current step, and the epoch
-    they fall into is done again on resuming. A resumed run is bitwise the run that was never interrupted (same
-    device, same number of threads). The state of torch's global random generators is restored at the end.
+    After every epoch ``last.pt``, and ``best.pt`` where the accuracy rose (on the validation split, or else on the
+    test split), hold the complete state; before the first, ``last.pt`` holds the initial one. SIGINT and SIGTERM end
+    the run after the current step, and the epoch they fall into is done again on resuming. A resumed run is bitwise
+    the run that was never interrupted (same device, same number of threads). The state of torch's global random
+    generators is restored at the end.
 
     Args:
         config: Settings.
@@ -124,7 +126,7 @@ class _Run:
     def _probe(self) -> None:
         """Run one image through the network, so that what does not fit fails before a directory is made."""
         self.model.eval()
-        logits = self.model(self.data.normalize(self.data.train.images[:1]))
+        logits = self.model(torch.zeros(1, *self.data.image_shape, device=self.device))
         self.model.train()
         if logits.shape != (1, self.data.classes):
             raise ConfigError(
@@ -211,8 +213,10 @@ class _Run:
         passed = time.perf_counter() - started
         for model in self._models() if not self.config.sync_batch_norm else ():
             self.world.average_statistics(model)
-        test = self._evaluate()
-        accuracy = test.accuracy if test.count else None
+        held_out = self.data.validation is not None
+        checked = self._evaluate(self.data.validation if held_out else self.data.test)
+        accuracy = checked.accuracy if checked.count else None
+        test = checked if checked.count and not held_out else None  # of a run that chooses by others, looked at once
 
         self.epoch += 1
         improved = accuracy is None or self.best["accuracy"] is None or accuracy > self.best["accuracy"]
@@ -224,9 +228,11 @@ class _Run:
             "lr": self._learning_rate(epoch * self.steps),
             "train_loss": loss,
             "train_accuracy": train_accuracy,
-            "test_loss": test.loss if test.count else None,
-            "test_accuracy": accuracy,
-            "test_accuracy5": test.accuracy5 if test.count else None,
+            "test_loss": test.loss if test else None,
+            "test_accuracy": test.accuracy if test else None,
+            "test_accuracy5": test.accuracy5 if test else None,
+            "validation_loss": checked.loss if held_out else None,
+            "validation_accuracy": accuracy if held_out else None,
             "seconds": seconds,
             "images_per_second": images / passed,
         }
@@ -287,17 +293,29 @@ class _Run:
         """The network that is trained, and the average of its weights, where there is one: the last is evaluated."""
         return [self.model] if self.step.average is None else [self.model, self.step.average.model]
 
-    def _evaluate(self) -> Evaluation:
-        test = evaluate(
-            self._models()[-1],
-            self.data.evaluation_batches(self.data.test.part(self.world.part), self.config.eval_batch_size),
-            autocast(self.device, self.step.dtype),
-            self.world,
-        )
-        if test.count:
+    def _evaluate(self, split: Any) -> Evaluation:
+        """Accuracy and loss on a split of what would be the network if the run ended here."""
+        evaluation = self._evaluate_model(self._models()[-1], split)
+        if evaluation.count:
             rate = self._learning_rate(self.epoch * self.steps)
-            self._check_finite(test.loss, f"test loss after epoch {self.epoch + 1}", rate)
-        return test
+            part = "test" if split is self.data.test else "validation"
+            self._check_finite(evaluation.loss, f"{part} loss after epoch {self.epoch + 1}", rate)
+        return evaluation
+
+    def _evaluate_model(self, model: nn.Module, split: Any) -> Evaluation:
+        batches = self.data.evaluation_batches(self.world.own(split), self.config.eval_batch_size)
+        return evaluate(model, batches, autocast(self.device, self.step.dtype), self.world)
+
+    def _test_chosen(self) -> dict[str, Any]:
+        """The test results of the best network, chosen on the validation split."""
+        path = self.directory.best_file
+        model = copy.deepcopy(self.model)
+        where = "cpu" if self.world.size > 1 else self.device
+        load_weights(model, self.world.on_main(lambda: load_checkpoint(path, where)), path, averaged=True)
+        test = self._evaluate_model(model, self.data.test)
+        if not test.count:
+            return {"test_accuracy": None, "test_loss": None, "test_accuracy5": None}
+        return {"test_accuracy": test.accuracy, "test_loss": test.loss, "test_accuracy5": test.accuracy5}
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(self.config.schedule, self.config.lr, step, self.steps, self.config.epochs)
@@ -337,12 +355,15 @@ class _Run:
 
     def _result(self) -> Result:
         progress, record = self.progress, self.progress["record"]
+        if self.data.validation is not None:
+            record = record | self._test_chosen()
         return Result(
             output=str(self.directory.path),
             test_accuracy=record["test_accuracy"],
             best_accuracy=self.best["accuracy"],
             best_epoch=self.best["epoch"],
             test_count=len(self.data.test),
+            validation_count=0 if self.data.validation is None else len(self.data.validation),
             test_loss=record["test_loss"],
             test_accuracy5=record.get("test_accuracy5"),
             epochs=self.epoch,
