@@ -6,5 +6,15 @@ from gunn_ext._info import __version__, info
 from gunn_ext.layers import GunnLayer
 from gunn_ext.models import create_model, list_models
 from gunn_ext.reference import ReferenceGunnLayer
+from gunn_ext.synchronized import SynchronizedBatchNorm, convert_sync_batchnorm
 
-__all__ = ["GunnLayer", "ReferenceGunnLayer", "__version__", "create_model", "info", "list_models"]
+__all__ = [
+    "GunnLayer",
+    "ReferenceGunnLayer",
+    "SynchronizedBatchNorm",
+    "__version__",
+    "convert_sync_batchnorm",
+    "create_model",
+    "info",
+    "list_models",
+]

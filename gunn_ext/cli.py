@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from gunn_ext.commands.table import print_table
 from gunn_ext.training.config import flattened
+from gunn_ext.training.distributed import launched_rank
 from gunn_ext.training.errors import ConfigError, TrainingInterrupted
 
 USAGE = """\
@@ -57,16 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else _ERROR
     try:
-        status = _command(arguments[0])(arguments[1:])
-        sys.stdout.flush()  # a closed pipe shows here, not at the end of the process
+        with _rank_0_speaks():
+            status = _command(arguments[0])(arguments[1:])
+            sys.stdout.flush()  # a closed pipe shows here, not at the end of the process
         return status
     except SystemExit as end:  # argparse: 0 after --help, 2 after a wrong option
         return end.code if isinstance(end.code, int) else _ERROR
     except TrainingInterrupted as interruption:
-        print(f"gunn: {interruption}", file=sys.stderr)
+        print(f"{_name()}: {interruption}", file=sys.stderr)
         return 128 + interruption.signal_number
     except KeyboardInterrupt:
-        print("gunn: interrupted", file=sys.stderr)
+        print(f"{_name()}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # gunn models | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"gunn: error: {_one_line(error)}", file=sys.stderr)
+            print(f"{_name()}: error: {_one_line(error)}", file=sys.stderr)
         return _ERROR
 
 
@@ -100,6 +103,22 @@ def _command(name: str) -> Callable[[list[str]], int]:
 def _from(module: str, name: str) -> Callable[[list[str]], int]:
     """A command that is imported when it is called."""
     return lambda arguments: getattr(importlib.import_module(f"gunn_ext.commands.{module}"), name)(arguments)
+
+
+@contextlib.contextmanager
+def _rank_0_speaks() -> Iterator[None]:
+    """Of several processes that torchrun started, silence all but the first; errors are told by each."""
+    if launched_rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _name() -> str:
+    """Who speaks: of several processes that torchrun started, which."""
+    rank = launched_rank()
+    return f"gunn: rank {rank}" if rank else "gunn"
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 from gunn_ext import ops
 from gunn_ext.parameters import StackedLayer
 from gunn_ext.simultaneous import simultaneous_layer
+from gunn_ext.synchronized import synchronized_layer
 
 
 class GunnLayer(StackedLayer):
@@ -22,4 +23,7 @@ class GunnLayer(StackedLayer):
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the layer on a checked input, autocast already applied."""
-        return ops.gunn_layer(x, self) if self.gradual else simultaneous_layer(x, self)
+        if not self.gradual:
+            return simultaneous_layer(x, self)
+        ranks = self.sharing_ranks()
+        return ops.gunn_layer(x, self) if ranks is None else synchronized_layer(x, self, ranks)

@@ -31,6 +31,9 @@ from gunn_ext.choice import choose_driver
 from gunn_ext.parameters import LAYER_DTYPES, STATISTICS_DTYPES, StackedBatchNorm, StackedLayer, Unit
 from gunn_ext.reference import memory_format_of
 
+# P, K, M, shortcut, residual, eps: what the operators take beside tensors.
+LayerOptions = tuple[int, int, int, bool, bool, float]
+
 # Below this many multiply-adds one thread is faster than waking a second.
 _SERIAL_WORK = 1_000_000
 
@@ -179,6 +182,11 @@ def _backend_of(device: torch.device) -> CpuBackend | CudaBackend:
             "build."
         )
     return found
+
+
+def may_use_tensor_float(x: Tensor) -> bool:
+    """Whether a GPU may multiply a layer on ``x`` as TF32; asked once for both passes, which must compute alike."""
+    return x.dtype == torch.float32 and _backend_of(x.device).allows_tensor_float()
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -419,7 +427,7 @@ def drivers(
         RuntimeError: Nothing here serves the device of ``x``.
     """
     found = _backend_of(x.device)
-    tensor_float = x.dtype == torch.float32 and found.allows_tensor_float()
+    tensor_float = may_use_tensor_float(x)
     options = {"batch_statistics": batch_statistics, "eps": 1.0}
     call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
     forward, backward = found.core.drivers(call.shape, call.options, call.name, keep)
@@ -644,7 +652,38 @@ def _(
 # --- Step by step --------------------------------------------------------------------------------------------------
 
 
-class ForwardSteps:
+class _Steps:
+    """What the steps of both passes share: the checked operands, as the core takes them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        static: LayerOptions,
+        tensor_float: bool,
+        others: dict[str, tuple[Tensor | None, Sequence[int]]],
+        **options: Any,
+    ) -> None:
+        """Check everything that is given."""
+        segments, expansion, units, shortcut, residual, eps = static
+        if x.dtype not in LAYER_DTYPES or x.numel() == 0:
+            raise ValueError(
+                "steps of a layer run on the kernels: expected a non-empty tensor, float64, float32, bfloat16 or "
+                f"float16, got {tuple(x.shape)} {x.dtype}."
+            )
+        self._parameters = [tensor.detach().resolve_neg() for tensor in parameters]
+        _check_operands(x, self._parameters, segments, expansion, units, shortcut, **others)
+        self._parameters = _wide_parameters(self._parameters, x.dtype)
+        self._x = x.detach().resolve_neg()
+        options |= {"batch_statistics": True, "eps": eps, "stepwise": True}
+        self._call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
+        self._segments = segments
+
+    def _rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros((2, self._segments, self._call.shape.rows), dtype=dtype, device=x.device)
+
+
+class ForwardSteps(_Steps):
     """The training forward in steps, for callers that put something between them, such as statistics of many ranks.
 
     ``begin``; then for every segment and unit in order ``reduce``, ``spatial``, ``project``; then ``finish``. After
@@ -653,15 +692,22 @@ class ForwardSteps:
 
     Args:
         x: The input, not empty; one value per channel is allowed.
-        layer: A gradual layer in training mode.
+        parameters: As `parameter_list` gives them.
+        static: As `layer_options` gives them.
+        tensor_float: As in `layer_forward`.
+
+    Raises:
+        ValueError: A shape, dtype or device that does not fit.
     """
 
-    def __init__(self, x: Tensor, layer: StackedLayer) -> None:
+    def __init__(
+        self, x: Tensor, parameters: Sequence[Tensor], static: LayerOptions, tensor_float: bool = False
+    ) -> None:
         """Check and allocate everything; arguments as the class says."""
-        self._x, self._parameters, self._call = _step_call(x, layer, 0)
+        super().__init__(x, parameters, static, tensor_float, {})
         self._workspace = _workspace(self._call.workspaces(False)[0], x)
         self._y = _empty_like(self._x)
-        self._statistics = x.new_empty((2, layer.segments, self._call.shape.rows), dtype=_wide(x.dtype))
+        self._statistics = self._rows(x, _wide(x.dtype))
 
     @property
     def y(self) -> Tensor:
@@ -693,7 +739,7 @@ class ForwardSteps:
         )
 
 
-class BackwardSteps:
+class BackwardSteps(_Steps):
     """The training backward in steps, as `ForwardSteps`.
 
     ``begin``; for every segment and unit in reverse ``project``, ``spatial``, ``reduce``, ``input``; ``finish``. After
@@ -704,33 +750,56 @@ class BackwardSteps:
         grad_y: Gradient of the output.
         x: The forward's input.
         y: The forward's output.
+        parameters: The forward's.
         statistics: What the forward normalised with.
-        layer: The layer.
-        count: Values per channel behind the statistics, of all ranks; 0 for those of this batch.
+        static: The forward's.
+        tensor_float: The forward's.
+        count: Values per channel behind ``sums`` when the next step reads them; 0 for those of this batch.
+        need_input: As in `layer_backward`.
+        need_parameters: As in `layer_backward`.
+
+    Raises:
+        ValueError: A shape, dtype or device that does not fit.
     """
 
     def __init__(
-        self, grad_y: Tensor, x: Tensor, y: Tensor, statistics: Tensor, layer: StackedLayer, count: int = 0
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        y: Tensor,
+        parameters: Sequence[Tensor],
+        statistics: Tensor,
+        static: LayerOptions,
+        tensor_float: bool = False,
+        *,
+        count: int = 0,
+        need_input: bool = True,
+        need_parameters: bool = True,
     ) -> None:
         """Check and allocate everything; arguments as the class says."""
-        shape = _statistics_shape(x, layer.segments, layer.expansion, layer.num_units, layer.shortcut)
-        others = {"grad_y": (grad_y, x.shape), "y": (y, x.shape), "statistics": (statistics, shape)}
-        self._x, self._parameters, self._call = _step_call(x, layer, count, **others)
+        shape = _statistics_shape(x, *static[:4])
+        others: dict[str, tuple[Tensor | None, Sequence[int]]] = {
+            "grad_y": (grad_y, x.shape),
+            "y": (y, x.shape),
+            "statistics": (statistics, shape),
+        }
+        needs = {"need_input": need_input, "need_parameters": need_parameters}
+        super().__init__(x, parameters, static, tensor_float, others, count=count, **needs)
         self._grad_y, self._y = grad_y.detach().resolve_neg(), y.detach().resolve_neg()
         self._statistics = statistics.detach().resolve_neg().contiguous()
         self._workspace = _workspace(self._call.workspaces(False)[1], x)
-        self._grad_x = _empty_like(self._x)
-        self._grads = [torch.empty_like(p) for p in self._parameters]
-        self._sums = torch.zeros((2, layer.segments, self._call.shape.rows), dtype=torch.float64, device=x.device)
+        self._grad_x = _empty_like(self._x) if need_input else x.new_empty(0)
+        self._grads = [torch.empty_like(p) for p in self._parameters] if need_parameters else []
+        self._sums = self._rows(x, torch.float64)
 
     @property
     def grad_x(self) -> Tensor:
-        """Gradient of ``x``, complete after ``finish``."""
+        """Gradient of ``x``, complete after ``finish``; empty unless needed."""
         return self._grad_x
 
     @property
     def grads(self) -> list[Tensor]:
-        """Gradients in the order of `parameter_list`, from this batch alone, complete after ``finish``."""
+        """Gradients in the order of `parameter_list`, from this batch alone, complete after ``finish``, if needed."""
         return list(self._grads)
 
     @property
@@ -740,6 +809,7 @@ class BackwardSteps:
 
     def step(self, name: str, segment: int = 0, unit: int = 0) -> None:
         """Run one step on the whole batch."""
+        has_input = self._grad_x.numel() > 0
         self._call.backend.core.backward(
             self._call.shape,
             self._call.options,
@@ -750,8 +820,8 @@ class BackwardSteps:
             x_strides=self._x.stride(),
             y=self._y.data_ptr(),
             y_strides=self._y.stride(),
-            grad_x=self._grad_x.data_ptr(),
-            grad_x_strides=self._grad_x.stride(),
+            grad_x=self._grad_x.data_ptr() if has_input else 0,
+            grad_x_strides=self._grad_x.stride() if has_input else (0, 0, 0, 0),
             parameters=_addresses(self._parameters),
             grads=_addresses(self._grads),
             statistics=self._statistics.data_ptr(),
@@ -762,30 +832,6 @@ class BackwardSteps:
             segment=segment,
             unit=unit,
         )
-
-
-def _step_call(
-    x: Tensor, layer: StackedLayer, count: int, **others: tuple[Tensor, Sequence[int]]
-) -> tuple[Tensor, list[Tensor], _Call]:
-    """Check everything a pass in steps is given; returns input and parameters as the core takes them."""
-    found = _backend_of(x.device)
-    if x.dtype not in LAYER_DTYPES or x.numel() == 0:
-        raise ValueError(
-            "steps of a layer run on the kernels: expected a non-empty tensor, float64, float32, bfloat16 or float16, "
-            f"got {tuple(x.shape)} {x.dtype}."
-        )
-    if not layer.gradual or not layer.uses_batch_statistics():
-        raise ValueError(
-            "steps of a layer are those of a gradual layer in training mode, for there is nothing to exchange in "
-            f"others; got gradual={layer.gradual}, batch norms in {'training' if layer.training else 'evaluation'} "
-            "mode. Call train() and freeze_batch_norm(False), or run the layer as a whole."
-        )
-    parameters = [tensor.detach().resolve_neg() for tensor in parameter_list(layer)]
-    _check_operands(x, parameters, layer.segments, layer.expansion, layer.num_units, layer.shortcut, **others)
-    sizes = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual)
-    options: dict[str, Any] = {"batch_statistics": True, "eps": layer.eps, "count": count, "stepwise": True}
-    call = _call(x, *sizes, found.allows_tensor_float(), **options)
-    return x.detach().resolve_neg(), _wide_parameters(parameters, x.dtype), call
 
 
 # --- Autograd ------------------------------------------------------------------------------------------------------
@@ -848,6 +894,11 @@ def parameter_list(layer: StackedLayer) -> list[Tensor]:
     return ordered
 
 
+def layer_options(layer: StackedLayer) -> LayerOptions:
+    """The options of ``layer`` in the order of the operators."""
+    return layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual, layer.eps
+
+
 def _running_statistics(layer: StackedLayer, dtype: torch.dtype) -> Tensor:
     norms = [bn for unit in layer.unit_list() for bn in _batch_norms(unit)]
     mean = torch.cat([bn.running_mean for bn in norms], dim=1)
@@ -855,7 +906,14 @@ def _running_statistics(layer: StackedLayer, dtype: torch.dtype) -> Tensor:
     return torch.stack([mean, var]).to(dtype)
 
 
-def _update_running_statistics(layer: StackedLayer, statistics: Tensor, count: int) -> None:
+def update_running_statistics(layer: StackedLayer, statistics: Tensor, count: int | Tensor) -> None:
+    """Take a training batch into the running statistics.
+
+    Args:
+        layer: Holds them.
+        statistics: ``(2, P, rows)``: mean and biased variance of the batch.
+        count: Values per channel behind them.
+    """
     with torch.no_grad():
         layer.num_batches_tracked.add_(1)
         mean, var = statistics[0], statistics[1] * (count / (count - 1))
@@ -888,34 +946,38 @@ def gunn_layer(x: Tensor, layer: StackedLayer) -> Tensor:
         RuntimeError: No kernel serves the device, or none was built for this GPU.
         NotImplementedError: Forward-mode differentiation.
     """
-    found = _backend_of(x.device)
-    found.check(x.device)
     parameters = parameter_list(layer)
+    check_call(x, parameters)
     training = layer.uses_batch_statistics()
     given = None if training else _running_statistics(layer, _wide(x.dtype))
-    static = (layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual, layer.eps)
-    # Asked once: a backward that recomputes must do so as the forward computed.
-    tensor_float = x.dtype == torch.float32 and found.allows_tensor_float()
+    static = layer_options(layer)
+    tensor_float = may_use_tensor_float(x)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     keep = needs_grad and not layer.recompute
-    _refuse_forward_mode((x, *parameters))
     with torch.no_grad():
         y, batch_statistics, saved = layer_forward(x, parameters, given, *static, keep, tensor_float)
     if training:
         # Before autograd saves anything: activation checkpointing may stop a second forward right after that, and
         # the running statistics shall count it as those of ordinary batch norms do.
-        _update_running_statistics(layer, batch_statistics, x.shape[0] * x.shape[2] * x.shape[3])
+        update_running_statistics(layer, batch_statistics, x.shape[0] * x.shape[2] * x.shape[3])
     if not needs_grad:
         return y
     statistics = batch_statistics if given is None else given
     return _GunnFunction.apply(x, y, statistics, saved if keep else None, static, (training, tensor_float), *parameters)
 
 
-def _refuse_forward_mode(tensors: Sequence[Tensor]) -> None:
-    # Its tangents would be lost without a word.
+def check_call(x: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Check that the kernels can serve a call.
+
+    Raises:
+        RuntimeError: None were built for the device.
+        NotImplementedError: Forward-mode differentiation.
+    """
+    _backend_of(x.device).check(x.device)
     if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    # Its tangents would be lost without a word.
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, *parameters)):
         raise NotImplementedError(
             "GunnLayer: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported; use reverse "
             "mode, or gunn_ext.ReferenceGunnLayer, which takes the same state dict."

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gunn_ext.ranks import Ranks, several_processes
+
 STATISTICS_DTYPES = (torch.float32, torch.float64)
 LAYER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -193,6 +195,18 @@ class StackedLayer(nn.Module):
             for m in range(units)
         )
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=place))
+        self.ranks: Ranks | None = None  # who shares the batch statistics; convert_sync_batchnorm() sets it
+        self._passed_by = False
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child; notes when one is put back where it was.
+
+        That is how ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` goes through a model, in which it finds no batch
+        norm of ours to convert.
+        """
+        if module is not None and self._modules.get(name) is module:
+            self._passed_by = True
+        super().add_module(name, module)
 
     @property
     def width(self) -> int:
@@ -248,13 +262,33 @@ class StackedLayer(nn.Module):
             )
         return modes.pop()
 
+    def sharing_ranks(self) -> Ranks | None:
+        """The processes whose batches this pass normalises together; None: this one's alone.
+
+        Raises:
+            RuntimeError: The layer is synchronised, but there is no process group that this process belongs to; or it
+                is not, where torch's conversion left it out.
+        """
+        owner = type(self).__name__
+        if not self.uses_batch_statistics():
+            return None
+        if self.ranks is not None:
+            return self.ranks.present(owner)
+        if self._passed_by and several_processes():
+            raise RuntimeError(
+                f"{owner}: torch.nn.SyncBatchNorm.convert_sync_batchnorm() does not know the batch norms of this layer "
+                "and left them with the statistics of each process alone. Call "
+                "gunn_ext.convert_sync_batchnorm(model) instead, which converts ordinary batch norms as well."
+            )
+        return None
+
     def check_input(self, x: Tensor) -> None:
         """Check ``x`` against this layer's sizes and modes.
 
         Raises:
             ValueError: Rank, channel count, an empty batch or one value per channel in training.
             TypeError: A dtype that no layer takes.
-            RuntimeError: The batch norms are in mixed modes.
+            RuntimeError: The batch norms are in mixed modes, or cannot be synchronised as they should be.
         """
         owner = type(self).__name__
         if x.dim() != 4:
@@ -270,7 +304,10 @@ class StackedLayer(nn.Module):
             )
         if x.shape[2] == 0 or x.shape[3] == 0:
             raise ValueError(f"{owner}: height and width must be at least 1, got input shape {tuple(x.shape)}.")
-        if self.uses_batch_statistics() and x.shape[0] * x.shape[2] * x.shape[3] <= 1:
+        ranks = self.sharing_ranks()
+        if ranks is not None:
+            ranks.agree(f"{owner}({self.extra_repr()})", x.device)
+        elif self.uses_batch_statistics() and x.shape[0] * x.shape[2] * x.shape[3] <= 1:
             raise ValueError(
                 f"{owner}: expected more than 1 value per channel when training, got input shape {tuple(x.shape)}; "
                 "use a larger batch, or call eval() or freeze_batch_norm()."
@@ -334,7 +371,7 @@ class StackedLayer(nn.Module):
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
-        return text
+        return text if self.ranks is None else f"{text}, synchronized"
 
     def average_factor(self) -> float:
         """The weight of the newest batch in the running statistics; counts the batch.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gunn_ext.parameters import STATISTICS_DTYPES, StackedBatchNorm, StackedConv, StackedLayer, Unit
+from gunn_ext.ranks import batch_norm
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -24,6 +25,7 @@ class _Pass:
     def __init__(self, layer: StackedLayer, factor: float) -> None:
         self.eps = layer.eps
         self.factor = factor
+        self.ranks = layer.sharing_ranks()
 
     def batch_norm(self, z: Tensor, bn: StackedBatchNorm, i: int) -> Tensor:
         wide = z.dtype if z.dtype in STATISTICS_DTYPES else torch.float32
@@ -33,7 +35,7 @@ class _Pass:
         elif mean.dtype != wide:
             mean, var = mean.to(wide), var.to(wide)  # copies: written back below
         weight, bias = bn.weight[i].to(wide), bn.bias[i].to(wide)
-        out = F.batch_norm(z.to(wide), mean, var, weight, bias, bn.training, self.factor, self.eps)
+        out = batch_norm(z.to(wide), mean, var, weight, bias, bn.training, self.factor, self.eps, self.ranks)
         if bn.training and bn.running_mean.dtype != wide:
             with torch.no_grad():
                 bn.running_mean[i].copy_(mean)

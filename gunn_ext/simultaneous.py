@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gunn_ext.parameters import STATISTICS_DTYPES, StackedBatchNorm, StackedLayer
+from gunn_ext.ranks import Ranks, batch_norm
 from gunn_ext.reference import memory_format_of
 
 
-def _batch_norm(z: Tensor, bn: StackedBatchNorm, factor: float, eps: float) -> Tensor:
+def _batch_norm(z: Tensor, bn: StackedBatchNorm, factor: float, eps: float, ranks: Ranks | None) -> Tensor:
     wide = z.dtype if z.dtype in STATISTICS_DTYPES else torch.float32
     mean, var = bn.running_mean.view(-1), bn.running_var.view(-1)
     used_mean, used_var = mean.to(wide), var.to(wide)
     weight, bias = bn.weight.reshape(-1).to(wide), bn.bias.reshape(-1).to(wide)
-    out = F.batch_norm(z.to(wide), used_mean, used_var, weight, bias, bn.training, factor, eps)
+    out = batch_norm(z.to(wide), used_mean, used_var, weight, bias, bn.training, factor, eps, ranks)
     if bn.training and mean.dtype != wide:
         mean.copy_(used_mean)
         var.copy_(used_var)
@@ -33,10 +34,11 @@ def simultaneous_layer(x: Tensor, layer: StackedLayer) -> Tensor:
         ``(B, N, H, W)``, dtype and memory format of ``x``.
     """
     factor = layer.average_factor() if layer.uses_batch_statistics() else 0.0
+    ranks = layer.sharing_ranks()
     segments, width, hidden = layer.segments, layer.width, layer.hidden
 
     def norm(z: Tensor, bn: StackedBatchNorm) -> Tensor:
-        return _batch_norm(z, bn, factor, layer.eps)
+        return _batch_norm(z, bn, factor, layer.eps, ranks)
 
     out = x
     for m, unit in enumerate(layer.unit_list()):

@@ -60,13 +60,14 @@ def _stages(case: Case, batch: int, dtype: str) -> str:
     sizes = case.sizes
     layer = build(GunnLayer, sizes, dtype=getattr(torch, dtype))
     x, grad = (torch.randn(batch, sizes.channels, sizes.size, sizes.size, dtype=getattr(torch, dtype)) for _ in "xg")
+    parameters, static = ops.parameter_list(layer), ops.layer_options(layer)
     best: dict[str, float] = {}
     for _ in range(_RUNS):
         spent: dict[str, float] = {}
-        forward = ops.ForwardSteps(x, layer)
+        forward = ops.ForwardSteps(x, parameters, static)
         order = [(i, m) for i in range(sizes.segments) for m in range(sizes.units)]
         _timed(forward, "forward", ("reduce", "spatial", "project"), order, spent)
-        backward = ops.BackwardSteps(grad, x, forward.y, forward.statistics, layer)
+        backward = ops.BackwardSteps(grad, x, forward.y, parameters, forward.statistics, static)
         _timed(backward, "backward", ("project", "spatial", "reduce", "input"), order[::-1], spent)
         best = {name: min(seconds, best.get(name, seconds)) for name, seconds in spent.items()}
     total = sum(best.values())

@@ -17,6 +17,7 @@ from gunn_ext.commands.settings import parse_train_arguments
 from gunn_ext.commands.table import print_table
 from gunn_ext.training.config import Config
 from gunn_ext.training.curves import find_runs, plot_curves, read_curves
+from gunn_ext.training.distributed import launched_rank
 from gunn_ext.training.errors import ConfigError
 from gunn_ext.training.progress import make_reporter
 from gunn_ext.training.recipes import list_recipes, load_recipe
@@ -237,7 +238,9 @@ def _report_failures(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_json(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with versions; NaN, which is no JSON, as null."""
+    """Rows with versions; NaN, which is no JSON, as null. Of several processes the first writes."""
+    if launched_rank() > 0:
+        return
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -8,6 +8,7 @@ from gunn_ext.data.digits import load_digits
 from gunn_ext.data.fake import make_fake
 from gunn_ext.data.folder import FolderDataset, load_folder
 from gunn_ext.data.holdout import hold_out
+from gunn_ext.data.part import Part
 from gunn_ext.data.shapes import make_shapes
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Dataset",
     "FolderDataset",
     "ImageDataset",
+    "Part",
     "Split",
     "augment",
     "batches",

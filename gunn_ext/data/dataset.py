@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gunn_ext.data.augment import Augmentation, augment
+from gunn_ext.data.part import WHOLE, Part
 
 
 class AnySplit(Protocol):
@@ -70,11 +71,12 @@ class Dataset(Protocol):
         """Whether a mirrored image is still an image of its class."""
 
     def training_batches(
-        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator
+        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs ``(B, C, H, W)`` float32 and labels ``(B,)`` of the images of each batch, normalised and augmented.
 
-        All that is random is a function of the generator's state and the images' indices.
+        All that is random is a function of the generator's state and the images' places in ``order``; of each batch
+        only a part is yielded.
         """
 
     def evaluation_batches(self, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -180,7 +182,7 @@ class ImageDataset:
         return normalized(images, self.mean, self.std)
 
     def training_batches(
-        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator
+        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, normalised and augmented.
 
@@ -188,12 +190,15 @@ class ImageDataset:
             order: Indices of the images of each batch, see `batches`.
             augmentation: What is done to the images.
             generator: Source of all random numbers.
+            part: Which part of each batch to yield; batches must be divisible by their number.
 
         Yields:
             Inputs ``(B, C, H, W)`` float32 and labels ``(B,)``.
         """
-        for chosen in order:
-            yield augment(self.normalize(self.train.images[chosen]), augmentation, generator), self.train.labels[chosen]
+        for batch in order:
+            chosen = batch[part.range(len(batch))]
+            images = self.normalize(self.train.images[chosen])
+            yield augment(images, augmentation, generator, part), self.train.labels[chosen]
 
     def evaluation_batches(self, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a split once, in its order, normalised; the last batch may be smaller.

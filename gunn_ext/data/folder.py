@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from gunn_ext._optional import require
 from gunn_ext.data.augment import Augmentation, augment
 from gunn_ext.data.dataset import normalized
+from gunn_ext.data.part import WHOLE, Part
 from gunn_ext.data.photo import change_colours, draw_colours, evaluation_views, open_image, training_view
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
@@ -89,7 +90,7 @@ class FolderDataset:
         return 3, self.image_size, self.image_size
 
     def training_batches(
-        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator
+        self, order: Iterable[Tensor], augmentation: Augmentation, generator: torch.Generator, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch: random crops, mirrored, with changed colours, normalised.
 
@@ -100,6 +101,7 @@ class FolderDataset:
             order: Indices of the images of each batch; taken up at once.
             augmentation: What is done beyond crops and colours.
             generator: Source of all random numbers.
+            part: Which part of each batch to decode and yield; batches must be divisible by their number.
 
         Yields:
             Inputs ``(B, 3, image_size, image_size)`` float32 and labels ``(B,)``, on the device.
@@ -107,13 +109,13 @@ class FolderDataset:
         Raises:
             ValueError: An image cannot be decoded; the message names its file.
         """
-        indices = [chosen.tolist() for chosen in order]
+        indices = [batch[part.range(len(batch))].tolist() for batch in order]
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         decode = partial(_training_item, split=self.train, size=self.image_size, mirror=augmentation.mirror, seed=seed)
         rest = replace(augmentation, mirror=False)
         for pixels, draws, labels in self._load(decode, indices):
             images = change_colours(pixels.to(torch.float32) / 255, draws, self.jitter, self.lighting)
-            yield augment(normalized(images * 255, self.mean, self.std), rest, generator), labels
+            yield augment(normalized(images * 255, self.mean, self.std), rest, generator, part), labels
 
     def evaluation_batches(self, split: FileSplit, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a split once, in its order, scaled, cut out and normalised; the last batch may be smaller.

@@ -69,7 +69,7 @@ class Config:
         data: Data set: digits, shapes, cifar10, cifar100, arrays, folder, imagenet or fake.
         data_path: File or folder of a data set that is read from disk; null: the folder data.
         epochs: Passes over the training split.
-        batch_size: Images of a training step.
+        batch_size: Images of a training step, of all processes together.
         eval_batch_size: Images at a time in evaluation.
         lr: Learning rate of the beginning.
         seed: Of initial weights, order and augmentation.
@@ -84,6 +84,7 @@ class Config:
         channels_last: Lay images and weights of convolutions out channels last.
         compile: Compile the network with torch.compile.
         cuda_graph: Replay forward and backward from a CUDA graph.
+        sync_batch_norm: Of several processes, take batch statistics over the batches of all.
         optimizer: Of the weights.
         schedule: Of the learning rate.
         augment: Augmentation of the training images.
@@ -117,6 +118,7 @@ class Config:
     channels_last: bool = False
     compile: bool = False
     cuda_graph: bool = False
+    sync_batch_norm: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -161,7 +163,7 @@ class Config:
         checks.number("label_smoothing", self.label_smoothing, least=0, below=1)
         checks.number("ema", self.ema, least=0, below=1)
         checks.choice("precision", self.precision, PRECISIONS)
-        for switch in ("channels_last", "compile", "cuda_graph"):
+        for switch in ("channels_last", "compile", "cuda_graph", "sync_batch_norm"):
             checks.boolean(switch, getattr(self, switch))
         if self.compile and self.cuda_graph:
             raise ConfigError("compile and cuda_graph exclude each other; set one of them to false.")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gunn_ext.training.distributed import World
 from gunn_ext.training.precision import widened
 
 TOP = 5
@@ -79,7 +80,10 @@ def classify(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], context: AbstractContextManager | None = None
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    context: AbstractContextManager | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Classify every image of some batches, in evaluation mode; the mode of ``model`` is restored.
 
@@ -88,6 +92,7 @@ def evaluate(
         batches: Inputs, as for `classify`, and labels, on the device of ``model``; may be empty, then the result counts
             none.
         context: Entered while the network computes, such as autocast.
+        world: The processes that each classify batches of their own; the result counts those of all.
     """
     count, correct, correct5 = 0, torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     loss = torch.zeros((), dtype=torch.float64)
@@ -99,11 +104,13 @@ def evaluate(
                 logits = classify(model, inputs)
             device = logits.device
             count += len(labels)
-            first = logits.topk(min(TOP, logits.shape[1]), 1).indices == labels[:, None]
+            among = logits.topk(min(TOP, logits.shape[1]), 1).indices == labels[:, None]
             correct = correct.to(device) + (logits.argmax(1) == labels).sum()
-            correct5 = correct5.to(device) + first.sum()
+            correct5 = correct5.to(device) + among.sum()
             loss = loss.to(device) + F.cross_entropy(widened(logits), labels, reduction="sum")
     finally:
         for module, mode in modes:
             module.training = mode
-    return Evaluation(count, int(correct), float(loss) / count if count else math.nan, int(correct5))
+    sums = [count, int(correct), int(correct5), float(loss)]
+    images, first, fifth, summed = sums if world is None else world.total(sums)
+    return Evaluation(int(images), int(first), summed / images if images else math.nan, int(fifth))

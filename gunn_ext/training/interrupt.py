@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopOnSignal:
-    """While entered, notes the first SIGINT or SIGTERM instead of breaking off; a second one breaks off at once.
+    """While entered, notes SIGINT or SIGTERM instead of breaking off; the same one again breaks off at once.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
@@ -32,6 +32,6 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self.signal_number == number:
             raise KeyboardInterrupt
         self.signal_number = number

@@ -26,6 +26,7 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
         self.last_file = self.path / "last.pt"
         self.best_file = self.path / "best.pt"
+        self.job_file = self.path / ".job"
 
     def snapshot_file(self, cycle: int) -> Path:
         """The checkpoint at the end of a cycle of the snapshot schedule, counted from 1."""
@@ -35,8 +36,12 @@ class RunDirectory:
         """The checkpoints of all cycles that are done, in their order."""
         return sorted(self.path.glob("snapshot-[0-9][0-9][0-9].pt"))
 
-    def create(self, config: Config) -> None:
+    def create(self, config: Config, job: str | None = None) -> None:
         """Make the directory and save the resolved configuration in it.
+
+        Args:
+            config: Of the run.
+            job: Whose restarts may go on with the run unasked.
 
         Raises:
             RunDirectoryError: Something is there already; nothing is changed.
@@ -50,7 +55,13 @@ class RunDirectory:
             kind = "is not empty and holds no run" if self.path.is_dir() else "is a file"
             raise RunDirectoryError(f"{self.path} {kind}; choose another directory with --output.")
         self.path.mkdir(parents=True, exist_ok=True)
+        if job is not None:
+            self.job_file.write_text(job, encoding="utf-8")
         save_config(config.resolved(), self.config_file)
+
+    def belongs_to(self, job: str | None) -> bool:
+        """Whether the run was begun by this job."""
+        return job is not None and self.job_file.is_file() and self.job_file.read_text(encoding="utf-8") == job
 
     def check_resumable(self, config: Config) -> None:
         """Check that the directory holds a run of this very configuration.

@@ -13,7 +13,7 @@ from gunn_ext.training.checkpoint import load_checkpoint, load_weights
 from gunn_ext.training.config import Config
 from gunn_ext.training.data_config import FILES
 from gunn_ext.training.datasets import load_data
-from gunn_ext.training.device import resolve_device
+from gunn_ext.training.distributed import join_world
 from gunn_ext.training.errors import CheckpointError, ConfigError
 from gunn_ext.training.evaluation import Ensemble, Evaluation, evaluate
 from gunn_ext.training.precision import autocast
@@ -103,6 +103,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run's network on the test split of its data, in the precision of the run.
 
+    Processes that torchrun starts, or that belong to a process group, share the images: all must call it, and each
+    returns the result for all.
+
     Args:
         path: The run directory.
         checkpoint: ``"last"`` or ``"best"``.
@@ -115,7 +118,8 @@ def evaluate_run(
         RunDirectoryError: There is no run.
         CheckpointError: A checkpoint is missing, damaged, of another model or of other classes than the data has.
     """
-    where = resolve_device(device)
+    world = join_world(device)
+    where = world.device
     trained = load_run(path, checkpoint, where, ensemble=ensemble)
     config = trained.config
     if ten_crop:
@@ -129,5 +133,5 @@ def evaluate_run(
             f"the data set {config.data} has {data.classes} and {data.image_shape[0]}. Restore config.yaml and the "
             "data of the run."
         )
-    batches = data.evaluation_batches(data.test, config.eval_batch_size)
-    return evaluate(trained.model, batches, autocast(where, getattr(torch, config.precision)))
+    batches = data.evaluation_batches(world.own(data.test), config.eval_batch_size)
+    return evaluate(trained.model, batches, autocast(where, getattr(torch, config.precision)), world)

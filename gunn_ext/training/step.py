@@ -6,6 +6,7 @@ Nothing in it waits for the device (but rmsprop in float16, see `make_optimizer`
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from gunn_ext.graph import Replay
 from gunn_ext.training.average import WeightAverage
 from gunn_ext.training.config import Config
+from gunn_ext.training.distributed import without_exchange
 from gunn_ext.training.optimization import make_optimizer
 from gunn_ext.training.precision import autocast, loss_scaler, widened
 
@@ -72,10 +74,13 @@ class TrainingStep:
         size = -(-count // self.config.accumulate)
         total = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for some, their in zip(inputs.split(size), labels.split(size), strict=True):
-            loss, right = self.forward(some, their)
-            loss = loss * (len(their) / count)
-            self.backward(loss)
+        parts = list(zip(inputs.split(size), labels.split(size), strict=True))
+        for some, their in parts:
+            # Gradients of other ranks are added once, with those of the last part.
+            with nullcontext() if their is parts[-1][1] else without_exchange(self.network):
+                loss, right = self.forward(some, their)
+                loss = loss * (len(their) / count)
+                self.backward(loss)
             total, correct = total + loss.detach(), correct + right
         return total, correct
 

@@ -18,10 +18,12 @@ from gunn_ext.data import Augmentation, batches
 from gunn_ext.data.dataset import batches_per_epoch
 from gunn_ext.layers import GunnLayer
 from gunn_ext.models import create_model
+from gunn_ext.synchronized import convert_sync_batchnorm
 from gunn_ext.training.checkpoint import epoch_seed, load_checkpoint, load_weights, save_checkpoint
 from gunn_ext.training.config import Config
 from gunn_ext.training.datasets import load_data
-from gunn_ext.training.device import backend_name, resolve_device
+from gunn_ext.training.device import backend_name
+from gunn_ext.training.distributed import World, job_name, join_world, restarts, unwrapped
 from gunn_ext.training.errors import CheckpointError, ConfigError, DivergenceError, TrainingInterrupted
 from gunn_ext.training.evaluation import Evaluation, evaluate
 from gunn_ext.training.interrupt import StopOnSignal
@@ -40,6 +42,9 @@ def train(
 ) -> Result:
     """Train a network and write its run directory.
 
+    Processes that torchrun starts, or that belong to a process group, train it together; each is given the same
+    arguments and returns the same result, rank 0 alone writes and reports.
+
     After every epoch ``last.pt``, and ``best.pt`` where the accuracy rose (on the validation split, or else on the
     test split), hold the complete state; before the first, ``last.pt`` holds the initial one. SIGINT and SIGTERM end
     the run after the current step, and the epoch they fall into is done again on resuming. A resumed run is bitwise
@@ -56,38 +61,38 @@ def train(
         What summary.json holds.
 
     Raises:
-        ConfigError: The settings do not fit the data, or the device is not there.
+        ConfigError: The settings do not fit the data or the number of processes, or the device is not there.
         RunDirectoryError: The directory holds another run, or, resuming, none.
         CheckpointError: The checkpoint to resume from is damaged.
         DivergenceError: The loss is not finite any more; the last good checkpoint is kept.
         TrainingInterrupted: A signal asked to stop.
     """
-    device = resolve_device(config.device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    world = join_world(config.device)
+    with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        run = _Run(config.resolved(), device, model, reporter or SilentReporter())
-        if resume:
-            run.resume()
-        else:
-            run.directory.create(config)
-            run.save(run.directory.last_file)
+        run = _Run(config.resolved(), world, model, reporter if reporter and world.is_main else SilentReporter())
+        run.begin(resume)
         return run.train()
 
 
 class _Run:
     """The state of a run and what is done with it, epoch by epoch."""
 
-    def __init__(self, config: Config, device: torch.device, model: nn.Module | None, reporter: Reporter) -> None:
+    def __init__(self, config: Config, world: World, model: nn.Module | None, reporter: Reporter) -> None:
         self.config = config
-        self.device = device
+        self.world = world
+        self.device = device = world.device
         self.reporter = reporter
         self.directory = RunDirectory(config.run_directory)
         self.data = load_data(config, device)
         # Built on the CPU, so that the initial weights of a seed are the same for every device.
         built = create_model(config.model, self.data.classes, self.data.image_shape[0]) if model is None else model
         built = built.to(device)
-        self.model: nn.Module = getattr(built, "_orig_mod", built)  # weights without torch.compile's prefix
+        self.model = unwrapped(built)  # its weights are saved
+        self._check_world(built)
         self._probe()
+        if world.size > 1 and config.sync_batch_norm:
+            self.model = convert_sync_batchnorm(self.model)
         self.network = self._network(built)
         self.step = TrainingStep(self.model, config, device, self.network)
         self.augmentation = Augmentation(
@@ -99,6 +104,23 @@ class _Run:
         self.epoch = 0  # epochs completed
         self.best: dict[str, Any] = {"accuracy": None, "epoch": -1}
         self.progress: dict[str, Any] = {"train_seconds": 0.0, "pass_seconds": 0.0, "images": 0, "record": None}
+
+    def _check_world(self, given: nn.Module) -> None:
+        """Check that several processes can divide the work."""
+        size, config = self.world.size, self.config
+        if size == 1:
+            return
+        images = min(config.batch_size, len(self.data.train))
+        if images % size:
+            what = "batch_size" if images == config.batch_size else "the number of training images, one batch,"
+            raise ConfigError(
+                f"{what} ({images}) must be divisible by the number of processes ({size}): each trains on an equal "
+                f"part. The nearest possible: {images // size * size or size} or {(images // size + 1) * size}."
+            )
+        if config.cuda_graph:
+            raise ConfigError("cuda_graph serves one process; set cuda_graph=false, or train without torchrun.")
+        if isinstance(given, nn.parallel.DistributedDataParallel):
+            raise ConfigError("train() wraps the model in DistributedDataParallel itself; give it the bare model.")
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -119,13 +141,29 @@ class _Run:
         if self.config.channels_last:
             # The parameters of gradual layers have other ranks, so that the module as a whole cannot be converted.
             nn.utils.convert_conv2d_weight_memory_format(self.model, torch.channels_last)
-        return torch.compile(given) if self.config.compile else given
+        network = self.world.parallel(given)
+        return torch.compile(network) if self.config.compile else network
 
-    def resume(self) -> None:
-        """Take up the state of last.pt."""
-        self.directory.check_resumable(self.config)
+    def begin(self, resume: bool) -> None:
+        """Make the run directory, or take up the state in it: where asked for, or where torchrun has restarted us."""
+        content = self.world.on_main(lambda: self._open(resume))
+        if content is not None:
+            self._take_up(content)
+
+    def _open(self, resume: bool) -> dict[str, Any] | None:
+        """On rank 0: the state to go on from; None for a new run, whose first checkpoint is then written."""
+        directory, job = self.directory, job_name()
+        own = restarts() > 0 and directory.belongs_to(job)
+        if resume or (own and directory.last_file.exists()):
+            directory.check_resumable(self.config)
+            return load_checkpoint(directory.last_file, "cpu" if self.world.size > 1 else self.device)
+        if not own:
+            directory.create(self.config, job)
+        self.save(directory.last_file)
+        return None
+
+    def _take_up(self, content: dict[str, Any]) -> None:
         path = self.directory.last_file
-        content = load_checkpoint(path, self.device)
         load_weights(self.model, content, path)
         try:
             self.step.load_state_dict(content)
@@ -157,7 +195,7 @@ class _Run:
 
     def train(self) -> Result:
         """All epochs that are left, then the summary."""
-        self.directory.keep_metrics(self.epoch)
+        self.world.on_main(lambda: self.directory.keep_metrics(self.epoch))
         try:
             with StopOnSignal() as stop:
                 self.reporter.start(self._describe(), self.epochs, self.steps, self.epoch)
@@ -166,13 +204,15 @@ class _Run:
         finally:
             self.reporter.close()
         result = self._result()
-        self.directory.write_summary(vars(result))
+        self.world.on_main(lambda: self.directory.write_summary(vars(result)))
         return result
 
     def _train_epoch(self, stop: StopOnSignal) -> None:
         epoch, started = self.epoch, time.perf_counter()
         loss, train_accuracy, images = self._training_pass(epoch, lambda: self._check_stop(stop))
         passed = time.perf_counter() - started
+        for model in self._models() if not self.config.sync_batch_norm else ():
+            self.world.average_statistics(model)
         held_out = self.data.validation is not None
         checked = self._evaluate(self.data.validation if held_out else self.data.test)
         accuracy = checked.accuracy if checked.count else None
@@ -202,6 +242,14 @@ class _Run:
             "images": self.progress["images"] + images,
             "record": record,
         }
+        self.world.on_main(lambda: self._write(record, improved))
+        left = self.progress["train_seconds"] / self.epoch * (self.epochs - self.epoch)
+        self.reporter.epoch(record, left)
+        if self.epoch < self.epochs:
+            self._check_stop(stop)
+
+    def _write(self, record: dict[str, Any], improved: bool) -> None:
+        """On rank 0: the files of a completed epoch."""
         # In this order a crash in between is harmless: what is ahead of last.pt is dropped or redone on resuming.
         self.directory.append_metrics(record)
         if improved:
@@ -212,15 +260,12 @@ class _Run:
             if rest == 0:
                 self.save(self.directory.snapshot_file(cycle))
         self.save(self.directory.last_file)
-        left = self.progress["train_seconds"] / self.epoch * (self.epochs - self.epoch)
-        self.reporter.epoch(record, left)
-        if self.epoch < self.epochs:
-            self._check_stop(stop)
 
     def _training_pass(self, epoch: int, check_stop: Callable[[], None]) -> tuple[float, float, int]:
         """One pass over the training split; returns mean loss, accuracy in training, and number of images."""
-        config, name = self.config, f"training loss in epoch {epoch + 1}"
-        torch.manual_seed(epoch_seed(config.seed, epoch, "model"))
+        config, world, name = self.config, self.world, f"training loss in epoch {epoch + 1}"
+        # The order is the same on every rank; dropout is not.
+        torch.manual_seed(epoch_seed(config.seed, epoch, "model" if world.is_main else f"model {world.rank}"))
         generator = torch.Generator(self.device).manual_seed(epoch_seed(config.seed, epoch, "data"))
         self.model.train()
         started, images, first = time.perf_counter(), 0, epoch * self.steps
@@ -229,24 +274,28 @@ class _Run:
         order = itertools.islice(
             batches(len(self.data.train), config.batch_size, generator), min(self.steps, self.last_step - first)
         )
-        for step, (inputs, labels) in enumerate(self.data.training_batches(order, self.augmentation, generator), 1):
+        drawn = self.data.training_batches(order, self.augmentation, generator, world.part)
+        for step, (inputs, labels) in enumerate(drawn, 1):
             rate = self._learning_rate(first + step - 1)
             loss, right = self.step(inputs, labels, rate)
             total += loss * len(labels)
             correct += right
-            images += len(labels)
+            images += len(labels) * world.size
             if step % STEPS_BETWEEN_CHECKS == 0:
-                self._check_finite(float(total), name, rate)
+                self._check_finite(world.total([float(total)])[0], name, rate)
             self.reporter.step(epoch, step, images / (time.perf_counter() - started))
             check_stop()
-        mean = float(total) / images
-        self._check_finite(mean, name, rate)
-        return mean, int(correct) / images, images
+        loss_sum, right_sum = world.total([float(total), int(correct)])
+        self._check_finite(loss_sum / images, name, rate)
+        return loss_sum / images, right_sum / images, images
+
+    def _models(self) -> list[nn.Module]:
+        """The network that is trained, and the average of its weights, where there is one: the last is evaluated."""
+        return [self.model] if self.step.average is None else [self.model, self.step.average.model]
 
     def _evaluate(self, split: Any) -> Evaluation:
         """Accuracy and loss on a split of what would be the network if the run ended here."""
-        model = self.model if self.step.average is None else self.step.average.model
-        evaluation = self._evaluate_model(model, split)
+        evaluation = self._evaluate_model(self._models()[-1], split)
         if evaluation.count:
             rate = self._learning_rate(self.epoch * self.steps)
             part = "test" if split is self.data.test else "validation"
@@ -254,14 +303,15 @@ class _Run:
         return evaluation
 
     def _evaluate_model(self, model: nn.Module, split: Any) -> Evaluation:
-        batches = self.data.evaluation_batches(split, self.config.eval_batch_size)
-        return evaluate(model, batches, autocast(self.device, self.step.dtype))
+        batches = self.data.evaluation_batches(self.world.own(split), self.config.eval_batch_size)
+        return evaluate(model, batches, autocast(self.device, self.step.dtype), self.world)
 
     def _test_chosen(self) -> dict[str, Any]:
         """The test results of the best network, chosen on the validation split."""
         path = self.directory.best_file
         model = copy.deepcopy(self.model)
-        load_weights(model, load_checkpoint(path, self.device), path, averaged=True)
+        where = "cpu" if self.world.size > 1 else self.device
+        load_weights(model, self.world.on_main(lambda: load_checkpoint(path, where)), path, averaged=True)
         test = self._evaluate_model(model, self.data.test)
         if not test.count:
             return {"test_accuracy": None, "test_loss": None, "test_accuracy5": None}
@@ -279,19 +329,21 @@ class _Run:
             )
 
     def _check_stop(self, stop: StopOnSignal) -> None:
-        if stop.signal_number is not None:
+        number = self.world.largest(stop.signal_number or 0)
+        if number:
             raise TrainingInterrupted(
                 f"interrupted; {self.directory.last_file} holds the state after {self.epoch} of "
                 f"{self.epochs} epochs. Continue with: gunn train --resume --output {self.directory.path}",
-                stop.signal_number,
+                number,
             )
 
     def _describe(self) -> str:
         config, shape = self.config, "x".join(map(str, self.data.image_shape))
+        processes = f" in each of {self.world.size} processes" if self.world.size > 1 else ""
         return (
             f"{config.model} ({self._parameters():,} parameters) on {config.data} ({len(self.data.train):,} training, "
             f"{len(self.data.test):,} test images of {shape}), {self.epochs} epochs, batch {config.batch_size}, "
-            f"{self._used_backend()}, {torch.get_num_threads()} threads → {self.directory.path}"
+            f"{self._used_backend()}, {torch.get_num_threads()} threads{processes} → {self.directory.path}"
         )
 
     def _parameters(self) -> int:

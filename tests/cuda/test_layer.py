@@ -261,7 +261,8 @@ def test_steps_give_the_same_bits_as_the_whole_pass(case, precision, device):
     with tensor_float(fast):
         expected = run_sample(values, GunnLayer, dtype)
         layer, x, grad = laws.layer_of(values, dtype), values.x.to(dtype), values.grad.to(dtype)
-        forward = ops.ForwardSteps(x, layer)
+        parameters, static = ops.parameter_list(layer), ops.layer_options(layer)
+        forward = ops.ForwardSteps(x, parameters, static, fast)
         forward.step("begin")
         for segment in range(case.segments):
             for unit in range(case.units):
@@ -270,7 +271,7 @@ def test_steps_give_the_same_bits_as_the_whole_pass(case, precision, device):
         forward.step("finish")
         assert torch.equal(forward.y, expected.y)
 
-        backward = ops.BackwardSteps(grad, x, forward.y, forward.statistics, layer)
+        backward = ops.BackwardSteps(grad, x, forward.y, parameters, forward.statistics, static, fast)
         backward.step("begin")
         for segment in reversed(range(case.segments)):
             for unit in reversed(range(case.units)):

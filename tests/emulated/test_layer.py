@@ -443,12 +443,13 @@ def test_steps_of_narrow_layers_give_the_same_bits_as_the_whole_pass(case, dtype
     values = sample(case)
     layer, x, grad = layer_of(values), values.x.to(dtype), values.grad.to(dtype)
     expected = run(layer_of(values), x, grad)
-    forward = ops.ForwardSteps(x, layer)
+    parameters, static = ops.parameter_list(layer), ops.layer_options(layer)
+    forward = ops.ForwardSteps(x, parameters, static)
     forward.layer = layer
     forward_in_steps([forward], nothing)
     assert torch.equal(forward.y, expected.y)
 
-    backward = ops.BackwardSteps(grad, x, forward.y, forward.statistics, layer)
+    backward = ops.BackwardSteps(grad, x, forward.y, parameters, forward.statistics, static)
     backward.layer = layer
     backward_in_steps([backward], nothing)
     assert torch.equal(backward.grad_x, expected.gradients["x"])
