@@ -484,8 +484,9 @@ class BackwardPass {
         batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.spatial_tile(i, m, image, tile),
                                     affine.mean + stages_.spatial_row(m), mine.slope, 0, k, mask(tile), mine.gradient);
         const Factor* dz = row_factors<Factor>(mine.gradient, k, mine.gradient_rows);
+        const auto place = mine.transposed.place(tile);
         for (int64_t c = 0; c < factors<Factor>(k); ++c, dz += T) {
-          mine.transposed.put(tile, c, load<Factor>(dz), load<Factor>(dz + L));
+          mine.transposed.put(place, c, load<Factor>(dz), load<Factor>(dz + L));
         }
         if (!options_.need_parameters) continue;
         transpose_rows<Factor>(mine.gradient, k,

@@ -19,6 +19,7 @@ struct Convolution {
   Geometry<Scalar> tiles;     // as the convolution's input and output come
   Geometry<Scalar> geometry;  // with padded rows
   int64_t channels;
+  int64_t line;  // pixels of a line, and as many as a vector from the last row's last pixels on may touch
   bool winograd;
   PaddedImage<Factor> padded;
   WinogradImage<Scalar> patches;
@@ -31,14 +32,15 @@ struct Convolution {
       : tiles(tiles_),
         geometry(tiles_.padded()),
         channels(channels_),
+        line(round_up(larger(tiles_.pixels, geometry.rows * tiles_.row) + 2 * L, L)),
         winograd(suits_winograd(geometry, channels)),
         padded(geometry, channels),
         patches(geometry, channels) {}
 
   void take(Arena& arena) {
     if (tiles.dense) {
-      in = arena.take<Factor>(factors<Factor>(channels) * line());
-      out = arena.take<Scalar>(channels * line());
+      in = arena.take<Factor>(factors<Factor>(channels) * line);
+      out = arena.take<Scalar>(channels * line);
       group = arena.take<Scalar>(step() * channels * T);
       mask = arena.take<typename Simd<Scalar>::Int>(geometry.pixels);
     }
@@ -52,7 +54,7 @@ struct Convolution {
   void clear() const {
     if (tiles.dense) {
       fill_mask(geometry, mask);
-      for (int64_t j = 0; j < channels * line(); ++j) out[j] = 0;  // beyond the image nothing comes, not even garbage
+      for (int64_t j = 0; j < channels * line; ++j) out[j] = 0;  // beyond the image nothing comes, not even garbage
     }
     if (winograd) return patches.clear();
     for (int64_t j = 0; j < padded.size(); ++j) padded.data[j] = Factor{};
@@ -61,6 +63,9 @@ struct Convolution {
   // Values for one weight of the kernel, where it is packed.
   static int64_t values_of_weight(const Geometry<Scalar>& tiles, int64_t channels) {
     return suits_winograd(tiles.padded(), channels) ? 16 : 9;
+  }
+  static bool suits_winograd(const Geometry<Scalar>& geometry, int64_t channels) {
+    return kDepth<Factor> == 1 && WinogradImage<Scalar>::suits(geometry, channels);
   }
   // This part's share of packing weights (row, channel, 3, 3), as many rows as channels: for the convolution itself, or
   // `transposed` for its input gradient, whose rows are channels and whose taps are turned round.
@@ -78,14 +83,22 @@ struct Convolution {
     pack_taps(dst, channels, channels, transposed, part, parts, kernel);
   }
 
+  // Where a tile goes: its two vectors of channel 0.
+  struct Place {
+    Factor* at[2];
+  };
+  Place place(int64_t tile) const {
+    if (tiles.dense) return {{in + tile * T, in + tile * T + L}};
+    return {{padded_place(tile * T), padded_place(tile * T + L)}};
+  }
   // Factor c of a tile's channels, both vectors; zero at padding pixels.
-  GUNN_INLINE void put(int64_t tile, int64_t c, Vector<Factor> first, Vector<Factor> second) const {
+  GUNN_INLINE void put(const Place& place, int64_t c, Vector<Factor> first, Vector<Factor> second) const {
     if (tiles.dense) {
-      store<Factor>(in + c * line() + tile * T, first);
-      store<Factor>(in + c * line() + tile * T + L, second);
+      store<Factor>(place.at[0] + c * line, first);
+      store<Factor>(place.at[1] + c * line, second);
     } else {
-      put_padded(tile * T, c, first);
-      put_padded(tile * T + L, c, second);
+      put_padded(place.at[0], c, first);
+      put_padded(place.at[1], c, second);
     }
   }
 
@@ -116,8 +129,8 @@ struct Convolution {
       for (; tile < piece.last && (last || (tile + 1) * T <= ready); ++tile) {
         Scalar* rows = to(tile);
         for (int64_t c = 0; c < channels; ++c) {
-          store<Scalar>(rows + c * T, load<Scalar>(out + c * line() + tile * T));
-          store<Scalar>(rows + c * T + L, load<Scalar>(out + c * line() + tile * T + L));
+          store<Scalar>(rows + c * T, load<Scalar>(out + c * line + tile * T));
+          store<Scalar>(rows + c * T + L, load<Scalar>(out + c * line + tile * T + L));
         }
         done(tile);
       }
@@ -125,19 +138,20 @@ struct Convolution {
   }
 
  private:
-  static bool suits_winograd(const Geometry<Scalar>& geometry, int64_t channels) {
-    return kDepth<Factor> == 1 && WinogradImage<Scalar>::suits(geometry, channels);
-  }
-  // Pixels of a line, and as many as a vector from the last row's last pixels on may touch.
-  int64_t line() const { return round_up(larger(tiles.pixels, geometry.rows * tiles.row) + 2 * L, L); }
   // Padded tiles that are convolved at once.
   int64_t step() const { return winograd ? patches.tiles_of_group() : 1; }
 
-  GUNN_INLINE void put_padded(int64_t pixel, int64_t c, Vector<Factor> v) const {
+  Factor* padded_place(int64_t pixel) const {
     if constexpr (kDepth<Factor> == 1) {
-      if (winograd) return patches.put(pixel, c, v);
+      if (winograd) return patches.place(pixel);
     }
-    padded.put(geometry, pixel, c, v);
+    return padded.place(geometry, pixel);
+  }
+  GUNN_INLINE void put_padded(Factor* place, int64_t c, Vector<Factor> v) const {
+    if constexpr (kDepth<Factor> == 1) {
+      if (winograd) return patches.put(place, c, v);
+    }
+    padded.put(geometry, place, c, v);
   }
 
   // Padded tiles [first, first + step): at(tile) is where its rows go, or null.
@@ -154,9 +168,10 @@ struct Convolution {
     for (int64_t pixel = top * geometry.row / L * L; pixel < bottom * geometry.row; pixel += L) {
       const Factor* from = in + pixel / geometry.row * tiles.row + pixel % geometry.row;
       const Mask<Scalar> inside = load_mask<Scalar>(mask + pixel);
-      for (int64_t c = 0; c < factors<Factor>(channels); ++c, from += line()) {
+      Factor* place = padded_place(pixel);
+      for (int64_t c = 0; c < factors<Factor>(channels); ++c, from += line) {
         const Vector<Factor> v = geometry.halves ? load_halves<Factor>(from, tiles.row) : load<Factor>(from);
-        put_padded(pixel, c, keep<Factor>(v, inside));
+        put_padded(place, c, keep<Factor>(v, inside));
       }
     }
   }
@@ -166,7 +181,7 @@ struct Convolution {
       if (pixel / geometry.row >= tiles.height) return;
       const Scalar* from = group + tile % step() * channels * T + pixel % T;
       Scalar* to_line = out + pixel / geometry.row * tiles.row + pixel % geometry.row;
-      for (int64_t c = 0; c < channels; ++c, from += T, to_line += line()) {
+      for (int64_t c = 0; c < channels; ++c, from += T, to_line += line) {
         if (geometry.halves) {
           store_halves<Scalar>(to_line, tiles.row, load<Scalar>(from));
         } else {

@@ -396,9 +396,10 @@ struct Stages {
   // relu(bn(z1)) of one tile, for the 3x3 convolution; of a piece, with the rows around it.
   void put_hidden(int64_t i, int64_t m, int64_t slot, int64_t tile, const Affine<Scalar>& affine,
                   const Convolution<Factor>& convolution) const {
+    const auto place = convolution.place(tile);
     for_activated<Factor>(
         reduce_tile(i, m, slot, tile), affine.at(reduce_row(m)), shape.hidden(), mask + tile * T,
-        [&](int64_t c, Vector<Factor> first, Vector<Factor> second) { convolution.put(tile, c, first, second); });
+        [&](int64_t c, Vector<Factor> first, Vector<Factor> second) { convolution.put(place, c, first, second); });
   }
   void put_hidden(int64_t i, int64_t m, const Piece& piece, const Affine<Scalar>& affine,
                   const Convolution<Factor>& convolution) const {
