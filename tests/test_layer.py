@@ -73,7 +73,8 @@ def test_any_number_of_threads(mode, batch, count):
     check_on_threads(replace(SMALL, batch=batch, mode=mode), count)
 
 
-# Images of several bands of rows: several tiles to a row, odd heights, two rows to a vector, few bands.
+# Images of several bands of rows: several tiles to a row, odd heights, two rows to a vector, few bands; the last two
+# without padding, so that rows are cut.
 CUT = [
     Case(12, 3, batch=1, height=7, width=33),
     Case(12, 3, units=2, batch=3, height=9, width=16),
@@ -81,6 +82,8 @@ CUT = [
     Case(6, 6, expansion=3, batch=5, height=11, width=6),
     Case(8, 1, batch=1, height=40, width=1),
     Case(8, 2, batch=2, height=3, width=65),
+    Case(16, 2, batch=1, height=14, width=14),
+    Case(12, 3, units=2, batch=3, height=20, width=3),
 ]
 
 # Segments of few channels, more than make one panel; the last panel is short.

@@ -34,7 +34,7 @@ class BackwardPass {
  public:
   BackwardPass(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : shape_(shape),
-        options_(with_useful_threads<Scalar>(shape, options)),
+        options_(with_useful_threads<Factor>(shape, options)),
         tensors_(tensors),
         stages_(shape, tensors.units) {
     Arena arena(tensors.workspace);
@@ -146,7 +146,7 @@ class BackwardPass {
   };
 
   BackwardPass(const LayerShape& shape, const Options& options)
-      : shape_(shape), options_(with_useful_threads<Scalar>(shape, options)), stages_(shape, nullptr) {}
+      : shape_(shape), options_(with_useful_threads<Factor>(shape, options)), stages_(shape, nullptr) {}
 
   void take_own(Own& own, Arena& arena) const {
     const auto& geometry = stages_.geometry;
@@ -452,7 +452,7 @@ class BackwardPass {
                                     mine.slope, s, s, mask(tile), shortcut_tile(image, tile));
       }
       gemm_rows<Factor, Into::store>(w, k, row_factors<Factor>(mine.gradient, s, mine.gradient_rows),
-                                     factors<Factor>(s), d2);
+                                     factors<Factor>(s), stages_.geometry.half(tile), d2);
       activate_backward<Scalar>(d2, z2, norm, k, mask(tile));
       sums.add(0, d2, z2, norm.mean, k);
       sums.finish_tile(k);
@@ -484,8 +484,9 @@ class BackwardPass {
         batch_norm_backward<Scalar>(hidden_tile(image, tile), stages_.spatial_tile(i, m, image, tile),
                                     affine.mean + stages_.spatial_row(m), mine.slope, 0, k, mask(tile), mine.gradient);
         const Factor* dz = row_factors<Factor>(mine.gradient, k, mine.gradient_rows);
+        const auto place = mine.transposed.place(tile);
         for (int64_t c = 0; c < factors<Factor>(k); ++c, dz += T) {
-          mine.transposed.put(tile, c, load<Factor>(dz), load<Factor>(dz + L));
+          mine.transposed.put(place, c, load<Factor>(dz), load<Factor>(dz + L));
         }
         if (!options_.need_parameters) continue;
         transpose_rows<Factor>(mine.gradient, k,
@@ -498,7 +499,14 @@ class BackwardPass {
       }
       if (options_.need_parameters) {
         // The three taps of a row are neighbours in memory, so lanes run over (dx, input channel).
-        const int64_t last_row = smaller(piece.last * T / row, geometry.height);
+        const int64_t last_row = smaller((piece.last * T + row - 1) / row, geometry.height);
+        const auto clear_pixels = [&](int64_t from, int64_t to) {  // of another piece, in a row that both have
+          for (int64_t j = from * k; j < to * k; ++j) mine.gradient_pixels[j] = Factor{};
+        };
+        if (geometry.dense) {
+          clear_pixels(first_row * row, piece.first * T);
+          clear_pixels(piece.last * T, last_row * row);
+        }
         const PixelRuns runs{last_row - first_row, row / D, row / D * k, k, hidden_line(), D * k};
         const int64_t begin = first_row * hidden_line();
         const Factor* hidden = pixel_factors<Factor>(
@@ -510,7 +518,7 @@ class BackwardPass {
         }
       }
       const auto d1_of = [&](int64_t tile) { return inner_tile(image, tile); };
-      mine.transposed.run(w, k, piece, d1_of, [&](int64_t tile) {
+      mine.transposed.run(w, piece, d1_of, [&](int64_t tile) {
         Scalar* d1 = d1_of(tile);
         const Scalar* z1 = stages_.reduce_tile(i, m, image, tile);
         activate_backward<Scalar>(d1, z1, norm, k, mask(tile));
@@ -570,7 +578,7 @@ class BackwardPass {
       const Scalar* dz = gradient(tile);
       Scalar* to = m == 0 ? gradient_tile(chunk.slot, tile) : update_tile(chunk.slot, tile);
       gemm_rows<Factor, Into::add>(w, block.columns, row_factors<Factor>(dz, rows, mine.gradient_rows),
-                                   factors<Factor>(rows), to + block.column * T);
+                                   factors<Factor>(rows), stages_.geometry.half(tile), to + block.column * T);
       if (!options_.need_parameters) continue;
       const int64_t at = (tile - chunk.first) * T / D;
       transpose_rows<Factor>(dz, rows, [&](int64_t pixel) { return mine.gradient_pixels + (at + pixel) * rows; });

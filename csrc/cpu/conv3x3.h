@@ -34,13 +34,13 @@ struct PaddedImage {
   int64_t offset(const Geometry<Scalar>& geometry, int64_t pixel) const {
     return (pixel / geometry.row + 1) * line + gap + pixel % geometry.row;
   }
-  // Stores one vector of channel c that begins at padded pixel `pixel`.
-  GUNN_INLINE void put(const Geometry<Scalar>& geometry, int64_t pixel, int64_t c, Vector<Factor> v) const {
-    Factor* p = data + offset(geometry, pixel) + c * channel;
+  // Stores one vector of channel c at the place of the padded pixel that it begins at.
+  Factor* place(const Geometry<Scalar>& geometry, int64_t pixel) const { return data + offset(geometry, pixel); }
+  GUNN_INLINE void put(const Geometry<Scalar>& geometry, Factor* place, int64_t c, Vector<Factor> v) const {
     if (geometry.halves) {
-      store_halves<Factor>(p, line, v);
+      store_halves<Factor>(place + c * channel, line, v);
     } else {
-      store<Factor>(p, v);
+      store<Factor>(place + c * channel, v);
     }
   }
 };

@@ -20,7 +20,7 @@ class ForwardPass {
  public:
   ForwardPass(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : shape_(shape),
-        options_(with_useful_threads<Scalar>(shape, options)),
+        options_(with_useful_threads<Factor>(shape, options)),
         tensors_(tensors),
         stages_(shape, tensors.units) {
     Arena arena(tensors.workspace);
@@ -89,7 +89,7 @@ class ForwardPass {
   };
 
   ForwardPass(const LayerShape& shape, const Options& options)
-      : shape_(shape), options_(with_useful_threads<Scalar>(shape, options)), stages_(shape, nullptr) {}
+      : shape_(shape), options_(with_useful_threads<Factor>(shape, options)), stages_(shape, nullptr) {}
 
   bool by_image() const { return !options_.batch_statistics && !options_.stepwise; }
 

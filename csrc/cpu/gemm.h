@@ -147,24 +147,58 @@ GUNN_NOINLINE void gemm_block(const Factor* w, const Factor* x, int64_t inner, i
   }
 }
 
+// The same for a tile whose second vector holds no pixels: even and odd c are summed apart, so that as many sums are
+// under way. The second vector of `out` becomes zero, or stays.
+template <class Factor, int R, Into into>
+GUNN_NOINLINE void gemm_half_block(const Factor* w, const Factor* x, int64_t inner, Sum<Factor>* out) {
+  using Scalar = Sum<Factor>;
+  constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
+  Vector<Scalar> even[R][1], odd[R][1];
+  clear<Scalar, R, 1>(even);
+  clear<Scalar, R, 1>(odd);
+  for (int64_t c = 0; c + 2 <= inner; c += 2) {
+    const Vector<Factor> first[1] = {load<Factor>(x + c * T)}, second[1] = {load<Factor>(x + (c + 1) * T)};
+    multiply_step<Factor, R, 1>(even, w + c * R, first);
+    multiply_step<Factor, R, 1>(odd, w + (c + 1) * R, second);
+  }
+  if (inner % 2 != 0) {
+    const Vector<Factor> last[1] = {load<Factor>(x + (inner - 1) * T)};
+    multiply_step<Factor, R, 1>(even, w + (inner - 1) * R, last);
+  }
+  GUNN_UNROLL for (int r = 0; r < R; ++r) {
+    Scalar* p = out + r * T;
+    const Vector<Scalar> sum = even[r][0] + odd[r][0];
+    store<Scalar>(p, into == Into::add ? load<Scalar>(p) + sum : sum);
+    if (into == Into::store) store<Scalar>(p + L, Vector<Scalar>{});
+  }
+}
+
 constexpr int64_t kPrefetchAhead = 12;
 
 // Products in one sum at most: longer ones are added in parts, or rounding grows with the depth.
 constexpr int64_t kLongestSum = 384;
 
-// The whole 1x1 convolution on one tile: x[inner][tile] → out[rows][tile], w from pack_rows.
+// The whole 1x1 convolution on one tile: x[inner][tile] → out[rows][tile], w from pack_rows. `half`: only the first of
+// the tile's vectors holds pixels.
 template <class Factor, Into into>
-GUNN_INLINE void gemm_rows(const Factor* w, int64_t rows, const Factor* x, int64_t inner, Sum<Factor>* out) {
+GUNN_INLINE void gemm_rows(const Factor* w, int64_t rows, const Factor* x, int64_t inner, bool half, Sum<Factor>* out) {
   constexpr int64_t T = Simd<Factor>::tile;
   const int64_t parts = (inner + kLongestSum - 1) / kLongestSum, part = parts > 1 ? (inner + parts - 1) / parts : inner;
   for_row_blocks(rows, [&](auto block, int64_t r) {
     constexpr int R = decltype(block)::value;
     const int64_t ahead = r == 0 && inner > kPrefetchAhead ? kPrefetchAhead : 0;
-    gemm_block<Factor, R, into>(w + r * inner, x, part, ahead, out + r * T);
-    for (int64_t c = part; c < inner; c += part) {
-      const int64_t depth = c + part < inner ? part : inner - c;
-      gemm_block<Factor, R, Into::add>(w + r * inner + c * R, x + c * T, depth, ahead, out + r * T);
-    }
+    const auto add_part = [&](auto mode, int64_t c) {
+      constexpr Into kMode = decltype(mode)::value;
+      const Factor *part_w = w + r * inner + c * R, *part_x = x + c * T;
+      const int64_t depth = smaller(part, inner - c);
+      if (half) {
+        gemm_half_block<Factor, R, kMode>(part_w, part_x, depth, out + r * T);
+      } else {
+        gemm_block<Factor, R, kMode>(part_w, part_x, depth, ahead, out + r * T);
+      }
+    };
+    add_part(std::integral_constant<Into, into>(), 0);
+    for (int64_t c = part; c < inner; c += part) add_part(std::integral_constant<Into, Into::add>(), c);
   });
 }
 

@@ -24,7 +24,7 @@ void in_parallel(int threads, const Work& work) {
 
 template <class Precision>
 Sizes sizes(const LayerShape& shape, const Options& options, bool keep) {
-  return {shape.rows(), Geometry<typename Precision::Scalar>(shape).pixels,
+  return {shape.rows(), Geometry<typename Precision::Scalar>(shape, kDepth<typename Precision::Factor>).pixels,
           ForwardPass<Precision>::workspace_bytes(shape, options, keep),
           BackwardPass<Precision>::workspace_bytes(shape, options, keep)};
 }

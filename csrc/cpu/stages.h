@@ -29,9 +29,9 @@ namespace gunn {
 namespace {
 
 // Threads beyond the bands of a batch would have nothing to do.
-template <class Scalar>
+template <class Factor>
 Options with_useful_threads(const LayerShape& shape, Options options) {
-  const int64_t bands = shape.batch * Geometry<Scalar>(shape).bands;
+  const int64_t bands = shape.batch * Geometry<Sum<Factor>>(shape, kDepth<Factor>).bands;
   options.threads = static_cast<int>(smaller(options.threads, bands));
   return options;
 }
@@ -172,7 +172,7 @@ struct Stages {
   Stages(const LayerShape& shape_, const UnitTensors<const Scalar*>* parameters_)
       : shape(shape_),
         parameters(parameters_),
-        geometry(shape_),
+        geometry(shape_, kDepth<Factor>),
         panels(shape_),
         packed_layout(shape_, panels, Convolution<Factor>::values_of_weight(geometry, shape_.hidden())) {}
 
@@ -355,21 +355,22 @@ struct Stages {
   }
 
   // All reduce rows of a panel on one tile, but for the panel's own columns.
-  GUNN_NOINLINE void enter_panel(const Panel& panel, const Factor* from, const Factor* w, Scalar* z1) const {
+  GUNN_NOINLINE void enter_panel(const Panel& panel, const Factor* from, const Factor* w, bool half, Scalar* z1) const {
     bool first = true;
     panels.for_outside(panel, T, [&](const WeightBlock& block) {
       if (first) {
-        multiply_block<Into::store>(block, from, w, z1);
+        multiply_block<Into::store>(block, from, w, half, z1);
       } else {
-        multiply_block<Into::add>(block, from, w, z1);
+        multiply_block<Into::add>(block, from, w, half, z1);
       }
       first = false;
     });
   }
   template <Into into>
-  GUNN_INLINE void multiply_block(const WeightBlock& block, const Factor* from, const Factor* w, Scalar* z1) const {
+  GUNN_INLINE void multiply_block(const WeightBlock& block, const Factor* from, const Factor* w, bool half,
+                                  Scalar* z1) const {
     gemm_rows<Factor, into>(w + block.at, block.segments * panels.rows, from + block.column / kDepth<Factor> * T,
-                            factors<Factor>(block.columns), z1);
+                            factors<Factor>(block.columns), half, z1);
   }
 
   // `moments`, where given, take in what the stage computes.
@@ -378,14 +379,15 @@ struct Stages {
                          const Moments<Scalar>* moments) const {
     Scalar* z1 = reduce_tile(i, m, slot, tile);
     const int64_t rows = reduce_rows(m);
+    const bool half = geometry.half(tile);
     if (m > 0) {
-      gemm_rows<Factor, Into::store>(w, rows, input_tile(m, slot, tile), factors<Factor>(shape.inputs(m)), z1);
+      gemm_rows<Factor, Into::store>(w, rows, input_tile(m, slot, tile), factors<Factor>(shape.inputs(m)), half, z1);
     } else {
       const Panel panel = panels.of(i);
       const Factor* from = state_tile(slot, tile);
-      if (enters) enter_panel(panel, from, w, panel_tile(panel, slot, tile));
+      if (enters) enter_panel(panel, from, w, half, panel_tile(panel, slot, tile));
       if (panels.has_inside()) {
-        multiply_block<Into::add>(panels.inside(panel, i, T), from, w, z1);
+        multiply_block<Into::add>(panels.inside(panel, i, T), from, w, half, z1);
       }
     }
     if (moments) moments->add(z1, rows, mask + tile * T);
@@ -394,9 +396,10 @@ struct Stages {
   // relu(bn(z1)) of one tile, for the 3x3 convolution; of a piece, with the rows around it.
   void put_hidden(int64_t i, int64_t m, int64_t slot, int64_t tile, const Affine<Scalar>& affine,
                   const Convolution<Factor>& convolution) const {
+    const auto place = convolution.place(tile);
     for_activated<Factor>(
         reduce_tile(i, m, slot, tile), affine.at(reduce_row(m)), shape.hidden(), mask + tile * T,
-        [&](int64_t c, Vector<Factor> first, Vector<Factor> second) { convolution.put(tile, c, first, second); });
+        [&](int64_t c, Vector<Factor> first, Vector<Factor> second) { convolution.put(place, c, first, second); });
   }
   void put_hidden(int64_t i, int64_t m, const Piece& piece, const Affine<Scalar>& affine,
                   const Convolution<Factor>& convolution) const {
@@ -411,7 +414,7 @@ struct Stages {
   void convolve(int64_t i, int64_t m, const Piece& piece, const Factor* w, const Convolution<Factor>& convolution,
                 const Done& done) const {
     const auto z2 = [&](int64_t tile) { return spatial_tile(i, m, piece.slot, tile); };
-    convolution.run(w, shape.hidden(), piece, z2, done);
+    convolution.run(w, piece, z2, done);
   }
 
   void reduce(int64_t i, int64_t m, const Piece& piece, const Factor* w, bool enters) const {
@@ -434,7 +437,7 @@ struct Stages {
     const int64_t k = shape.hidden(), s = shape.segment();
     Scalar* z3 = project_tile(i, m, slot, tile);
     activate<Factor>(spatial_tile(i, m, slot, tile), affine.at(spatial_row(m)), k, mask + tile * T, scratch.hidden);
-    gemm_rows<Factor, Into::store>(w, s, scratch.hidden, factors<Factor>(k), z3);
+    gemm_rows<Factor, Into::store>(w, s, scratch.hidden, factors<Factor>(k), geometry.half(tile), z3);
     if (moments) moments->add(z3, s, mask + tile * T);
   }
   void project(int64_t i, int64_t m, const Piece& piece, const Factor* w, const Affine<Scalar>& affine,

@@ -1,12 +1,14 @@
 // How an image lies in memory inside the kernels, and how it gets there.
 //
-// Rows of pixels are padded to whole vectors (or to half a vector where the image is that narrow), so that a vector
-// never crosses a row except at its middle. The padded pixels of an image, in order, are cut into tiles of two vectors:
+// The pixels of an image, in order, are cut into tiles of two vectors:
 //
 //     state[image][tile][channel][pixel of the tile]
 //
-// One tile of all channels is one contiguous stream (NCHW planes alias in L1 at 32x32). Padding pixels are zero in the
-// state and in every gradient; `mask` says where they are.
+// One tile of all channels is one contiguous stream (NCHW planes alias in L1 at 32x32). Rows are padded to whole
+// vectors (or to half a vector where the image is that narrow), so that a vector never crosses a row except at its
+// middle, as the 3x3 wants it. Where that costs a vector, rows follow one another without padding instead, and only the
+// 3x3 pads them (convolution.h). Padding pixels, the last ones of an image included, are zero in the state and in every
+// gradient; `mask` says where they are.
 #pragma once
 
 #include <cstddef>
@@ -28,24 +30,37 @@ struct Geometry {
   static constexpr int64_t lanes = Simd<Scalar>::lanes, tile = Simd<Scalar>::tile;
 
   int64_t height, width;
-  int64_t row;     // padded width
-  bool halves;     // two rows share a vector
+  bool dense;      // rows are not padded
+  int64_t row;     // from one row to the next
+  bool halves;     // two padded rows share a vector
   int64_t tiles;   // of one image
   int64_t pixels;  // tiles * tile
   int64_t rows;    // rows that the tiles cover, those below the image included
-  int64_t band;    // tiles that hold an even number of whole rows: what threads deal out
+  int64_t band;    // tiles that threads deal out at least: an even number of whole rows where these are padded
   int64_t bands;   // of one image; the last may be shorter
 
-  explicit Geometry(const LayerShape& shape) : height(shape.height), width(shape.width) {
-    halves = lanes >= 8 && width <= lanes / 2;
-    row = halves ? lanes / 2 : round_up(width, lanes);
+  // `depth` of a factor: neighbours that make one in the products over pixels must share a row.
+  explicit Geometry(const LayerShape& shape, int64_t depth = 1) : Geometry(shape.height, shape.width, false) {
+    const Geometry without(height, width, true);
+    if (depth == 1 && without.vectors() < vectors()) *this = without;
+  }
+  // The same image with padded rows.
+  Geometry padded() const { return Geometry(height, width, false); }
+  int64_t vectors() const { return (height * row + lanes - 1) / lanes; }
+  // Whether only the first vector of a tile holds rows of the image.
+  bool half(int64_t at) const { return at == tiles - 1 && pixels - height * row >= lanes; }
+  bool inside(int64_t pixel) const { return pixel % row < width && pixel / row < height; }
+
+ private:
+  Geometry(int64_t height_, int64_t width_, bool dense_) : height(height_), width(width_), dense(dense_) {
+    halves = !dense && lanes >= 8 && width <= lanes / 2;
+    row = dense ? width : halves ? lanes / 2 : round_up(width, lanes);
     tiles = (round_up(height * row, tile)) / tile;
     pixels = tiles * tile;
     rows = (pixels + row - 1) / row;
-    band = larger(1, 2 * row / tile);
+    band = dense ? 1 : larger(1, 2 * row / tile);
     bands = (tiles + band - 1) / band;
   }
-  bool inside(int64_t pixel) const { return pixel % row < width && pixel / row < height; }
 };
 
 // Tiles [first, last) of one slot: whole bands of an image.
@@ -53,10 +68,11 @@ struct Piece {
   int64_t slot, first, last;
 };
 
-// The piece and every tile that holds a row next to its own.
+// The piece and every tile that holds a neighbour of its pixels.
 template <class Scalar>
 Piece with_neighbours(const Geometry<Scalar>& geometry, const Piece& piece) {
-  const int64_t above = piece.first * geometry.tile - geometry.row, below = piece.last * geometry.tile + geometry.row;
+  const int64_t reach = geometry.row + (geometry.dense ? 1 : 0);  // padded rows begin and end in whole vectors
+  const int64_t above = piece.first * geometry.tile - reach, below = piece.last * geometry.tile + reach;
   return {piece.slot, larger(0, above) / geometry.tile, smaller(geometry.tiles, (below - 1) / geometry.tile + 1)};
 }
 

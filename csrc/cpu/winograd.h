@@ -3,7 +3,7 @@
 // A patch is 2x2 pixels of the output and needs 4x4 of the input. Vectors run over patches, row by row of the image:
 //
 //     V = Bᵀ d B      for each channel     4x4 values of a patch, from loads at constant offsets
-//     M = sum_c U V   for each of the 16   U = G g Gᵀ are the weights, packed [16][block][c][R]
+//     M = sum_c U V   for each of the 16   U = G g Gᵀ are the weights, packed [16][block][c][R]; two vectors at once
 //     y = Aᵀ M A      for each row         2x2 pixels
 //
 // So that loads need no shuffles, the image is stored with even and odd columns apart, and even and odd rows too. What
@@ -21,25 +21,29 @@ namespace {
 template <class Scalar>
 struct WinogradImage {
   static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes;
-  static constexpr int kRows = 2 * kBlockRows;  // of one block: a vector wide each
   using Int = typename Simd<Scalar>::Int;
 
   Geometry<Scalar> geometry;
   int64_t channels;
   int64_t across;                      // patches of a row of patches
+  int64_t vectors;                     // of patches that have rows of the image
   int64_t group;                       // vectors that cover whole rows of patches
   int64_t groups;                      // of the image
   int64_t odd, channel, parity, line;  // steps to odd columns, the next channel, odd rows, the next row of patches
   Scalar* data = nullptr;
   Int *not_first, *not_last;   // [group][L]: patches with a patch to their left, to their right
-  Scalar *patches, *products;  // V of one vector: [16][channels][L]; M of one block: [16][kRows][L]
+  Scalar *patches, *products;  // V of two vectors: [16][channels][2 L]; M of one block: [16][R][2 L]
 
   WinogradImage(const Geometry<Scalar>& geometry_, int64_t channels_) : geometry(geometry_), channels(channels_) {
     across = geometry.row / 2;
     const int64_t together = across % L == 0 ? 1 : across >= L / 2 ? 2 : L / across;  // rows of patches
     group = together * across / L;
-    groups = (geometry.tiles + tiles_of_group() - 1) / tiles_of_group();
-    const int64_t rows = groups * together + 2;
+    vectors = ((geometry.height + 1) / 2 * across + L - 1) / L;
+    // Two vectors share a pass over the weights, which costs more than the products where these are read from afar.
+    const bool pairs = group % 2 == 1 && vectors > group;
+    if (pairs) group *= 2;
+    groups = (vectors + group - 1) / group;
+    const int64_t rows = groups * group * L / across + 2;
     // Where a row fills vectors, the channels of one row lie together; else rows do, as vectors hold several.
     const bool whole = across % L == 0;
     odd = whole ? across : rows * across;
@@ -54,15 +58,15 @@ struct WinogradImage {
   static bool suits(const Geometry<Scalar>& geometry, int64_t channels) {
     if (channels < 8) return false;
     const WinogradImage image(geometry, channels);
-    return 10 * 16 * image.groups * image.group * L < 7 * 9 * geometry.tiles * T;
+    return 10 * 16 * image.vectors * L < 7 * 9 * geometry.tiles * T;
   }
 
   void take(Arena& arena) {
     data = arena.take<Scalar>(size_) + L;
     not_first = arena.take<Int>(group * L);
     not_last = arena.take<Int>(group * L);
-    patches = arena.take<Scalar>(16 * channels * L);
-    products = arena.take<Scalar>(16 * kRows * L);
+    patches = arena.take<Scalar>(16 * channels * 2 * L);
+    products = arena.take<Scalar>(16 * kBlockRows * 2 * L);
   }
   void clear() const {
     for (int64_t j = 0; j < size_; ++j) data[j - L] = 0;
@@ -72,20 +76,23 @@ struct WinogradImage {
     }
   }
 
-  // Stores one vector of channel c that begins at padded pixel `pixel`.
-  GUNN_INLINE void put(int64_t pixel, int64_t c, Vector<Scalar> v) const {
+  // Stores one vector of channel c at the place of the padded pixel that it begins at.
+  Scalar* place(int64_t pixel) const {
     const int64_t y = pixel / geometry.row, x = pixel % geometry.row;
-    Scalar* to = data + (y / 2 + 1) * line + c * channel;
+    return data + (y / 2 + 1) * line + y % 2 * parity + x / 2;
+  }
+  GUNN_INLINE void put(Scalar* place, int64_t c, Vector<Scalar> v) const {
     if (geometry.halves) {
-      store_columns_of_halves<Scalar>(to, odd, parity, v);
+      store_columns_of_halves<Scalar>(place + c * channel, odd, parity, v);
     } else {
-      store_columns<Scalar>(to + y % 2 * parity + x / 2, odd, v);
+      store_columns<Scalar>(place + c * channel, odd, v);
     }
   }
 
   // Where one vector's output goes: for its rows, the two vectors of pixels that are its first and second half.
   struct Destinations {
     Scalar* at[2][2];
+    bool any() const { return at[0][0] || at[0][1] || at[1][0] || at[1][1]; }
   };
   // out(tile) is the tile's first row; null where nobody asks for it.
   template <class Out>
@@ -105,41 +112,35 @@ struct WinogradImage {
   // The convolution of one group, `rows` rows: tile t's go to out(t)[row][pixel], unless that is null.
   template <class Out>
   GUNN_INLINE void convolve(int64_t which, const Scalar* w, int64_t rows, const Out& out) const {
-    for (int64_t v = 0; v < group; ++v) {
-      const int64_t vector = which * group + v, first = vector * L;
-      transform_input(data + (first / across + 1) * line + first % across, v);
-      const Destinations to = destinations(vector, out);
-      for_row_blocks<kRows>(rows, [&](auto block, int64_t r) {
-        constexpr int R = decltype(block)::value;
-        multiply_block<R>(w + r * channels, rows * channels);
-        transform_output<R>(to, r * T);
-      });
+    Destinations to[2];
+    int64_t waiting = 0;
+    const int64_t begin = which * group, end = smaller(begin + group, vectors);
+    for (int64_t vector = begin; vector < end; ++vector) {
+      to[waiting] = destinations(vector, out);
+      if (to[waiting].any()) {
+        transform_input(vector, patches + waiting * L, channels * 2 * L, 2 * L);
+        ++waiting;
+      }
+      if (waiting == 2 || (waiting == 1 && vector == end - 1)) {
+        for_row_blocks(rows, [&](auto block, int64_t r) {
+          constexpr int R = decltype(block)::value;
+          if (waiting == 2) {
+            multiply_block<R, 2>(w + r * channels, rows * channels);
+          } else {
+            multiply_block<R, 1>(w + r * channels, rows * channels);
+          }
+          for (int64_t v = 0; v < waiting; ++v) transform_output<R>(to[v], r * T, products + v * L);
+        });
+        waiting = 0;
+      }
     }
   }
 
-  // This part's share of U, from kernel(row, channel)[tap], with the taps in reverse where `reversed`.
-  template <class Kernel>
-  static void pack(Scalar* dst, int64_t rows, int64_t channels, bool reversed, int64_t part, int64_t parts,
-                   const Kernel& kernel) {
-    for_row_blocks<kRows>(rows, [&](auto block, int64_t r) {
-      constexpr int R = decltype(block)::value;
-      for (int64_t c = channels * part / parts; c < channels * (part + 1) / parts; ++c) {
-        Scalar g[9][R];
-        for (int j = 0; j < R; ++j) {
-          const Scalar* from = kernel(r + j, c);
-          for (int tap = 0; tap < 9; ++tap) g[tap][j] = from[reversed ? 8 - tap : tap];
-        }
-        transform_weights<R>(g, dst + r * channels + c * R, rows * channels);
-      }
-    });
-  }
-
- private:
-  // V of the vector of patches whose first one is at `from`; `v` says which of its group.
-  GUNN_NOINLINE void transform_input(const Scalar* from, int64_t v) const {
+  // V of one vector of patches: number (4 * row + column) of channel c goes to `to` + number * step + c * pitch.
+  GUNN_NOINLINE void transform_input(int64_t vector, Scalar* to, int64_t step, int64_t pitch) const {
+    const int64_t v = vector % group, first = vector * L;
+    const Scalar* from = data + (first / across + 1) * line + first % across;
     const Mask<Scalar> inner = load_mask<Scalar>(not_first + v * L), outer = load_mask<Scalar>(not_last + v * L);
-    const int64_t step = channels * L;
-    Scalar* to = patches;
     for (int64_t c = 0; c < channels; ++c) {
       Vector<Scalar> t[4][4];
       GUNN_UNROLL for (int j = 0; j < 4; ++j) {
@@ -159,26 +160,46 @@ struct WinogradImage {
         store<Scalar>(to + (12 + q) * step, t[1][q] - t[3][q]);
       }
       from += channel;
-      to += L;
+      to += pitch;
     }
   }
 
-  template <int R>
+  // This part's share of U, from kernel(row, channel)[tap], with the taps in reverse where `reversed`.
+  template <class Kernel>
+  static void pack(Scalar* dst, int64_t rows, int64_t channels, bool reversed, int64_t part, int64_t parts,
+                   const Kernel& kernel) {
+    for_row_blocks(rows, [&](auto block, int64_t r) {
+      constexpr int R = decltype(block)::value;
+      for (int64_t c = channels * part / parts; c < channels * (part + 1) / parts; ++c) {
+        Scalar g[9][R];
+        for (int j = 0; j < R; ++j) {
+          const Scalar* from = kernel(r + j, c);
+          for (int tap = 0; tap < 9; ++tap) g[tap][j] = from[reversed ? 8 - tap : tap];
+        }
+        transform_weights<R>(g, dst + r * channels + c * R, rows * channels);
+      }
+    });
+  }
+
+ private:
+  template <int R, int V>
   GUNN_NOINLINE void multiply_block(const Scalar* w, int64_t w_step) const {
     for (int64_t at = 0; at < 16; ++at) {
-      Vector<Scalar> acc[R][1];
-      gunn::clear<Scalar, R, 1>(acc);
-      multiply<Scalar, R, 1>(acc, w + at * w_step, R, patches + at * channels * L, L, channels);
-      GUNN_UNROLL for (int r = 0; r < R; ++r) store<Scalar>(products + (at * R + r) * L, acc[r][0]);
+      Vector<Scalar> acc[R][V];
+      gunn::clear<Scalar, R, V>(acc);
+      multiply<Scalar, R, V>(acc, w + at * w_step, R, patches + at * channels * 2 * L, 2 * L, channels);
+      GUNN_UNROLL for (int r = 0; r < R; ++r) {
+        GUNN_UNROLL for (int v = 0; v < V; ++v) store<Scalar>(products + ((at * R + r) * 2 + v) * L, acc[r][v]);
+      }
     }
   }
 
   template <int R>
-  GUNN_NOINLINE void transform_output(const Destinations& to, int64_t offset) const {
+  GUNN_NOINLINE void transform_output(const Destinations& to, int64_t offset, const Scalar* from) const {
     for (int r = 0; r < R; ++r) {
       Vector<Scalar> s[2][4];
       GUNN_UNROLL for (int q = 0; q < 4; ++q) {
-        const auto m = [&](int p) { return load<Scalar>(products + ((4 * p + q) * R + r) * L); };
+        const auto m = [&](int p) { return load<Scalar>(from + ((4 * p + q) * R + r) * 2 * L); };
         const Vector<Scalar> m1 = m(1), m2 = m(2);
         s[0][q] = m(0) + m1 + m2;
         s[1][q] = m1 - m2 - m(3);
@@ -203,18 +224,16 @@ struct WinogradImage {
   template <int R>
   static GUNN_INLINE void transform_weights(const Scalar (&g)[9][R], Scalar* dst, int64_t step) {
     const Scalar half = static_cast<Scalar>(0.5);
-    const auto transform = [&](Scalar a, Scalar b, Scalar c, Scalar(&to)[4]) {
-      const Scalar ends = a + c;
-      to[0] = a, to[1] = half * (ends + b), to[2] = half * (ends - b), to[3] = c;
-    };
-    for (int j = 0; j < R; ++j) {
-      Scalar columns[3][4];
-      for (int x = 0; x < 3; ++x) transform(g[x][j], g[3 + x][j], g[6 + x][j], columns[x]);
-      for (int y = 0; y < 4; ++y) {
-        Scalar u[4];
-        transform(columns[0][y], columns[1][y], columns[2][y], u);
-        for (int x = 0; x < 4; ++x) dst[(4 * y + x) * step + j] = u[x];
+    const auto transform = [&](const Scalar(&a)[R], const Scalar(&b)[R], const Scalar(&c)[R], auto to) {
+      for (int j = 0; j < R; ++j) {  // of rows, which lie together: vectors
+        const Scalar ends = a[j] + c[j];
+        to(0)[j] = a[j], to(1)[j] = half * (ends + b[j]), to(2)[j] = half * (ends - b[j]), to(3)[j] = c[j];
       }
+    };
+    Scalar columns[4][3][R];
+    for (int x = 0; x < 3; ++x) transform(g[x], g[3 + x], g[6 + x], [&](int y) { return columns[y][x]; });
+    for (int y = 0; y < 4; ++y) {
+      transform(columns[y][0], columns[y][1], columns[y][2], [&](int x) { return dst + (4 * y + x) * step; });
     }
   }
 

@@ -68,6 +68,7 @@ const Case kCases[] = {
     {"replaced", {2, 10, 3, 5, 2, 3, 1, false, false}},     {"patches", {3, 16, 10, 18, 2, 2, 1, true, true}},
     {"one_image", {1, 16, 8, 8, 2, 2, 1, true, true}},      {"rows_below", {2, 16, 7, 7, 2, 2, 1, false, true}},
     {"single_channels", {5, 6, 6, 5, 6, 2, 1, true, true}}, {"panels", {2, 14, 5, 6, 14, 2, 1, true, true}},
+    {"narrow", {3, 16, 20, 3, 2, 2, 1, true, true}},
 };
 
 struct Mode {
