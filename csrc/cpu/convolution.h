@@ -41,6 +41,9 @@ struct Convolution {
   static int64_t values_of_weight(const Geometry<Scalar>& geometry, int64_t channels) {
     return suits_winograd(geometry, channels) ? 16 : 9;
   }
+  static bool suits_winograd(const Geometry<Scalar>& geometry, int64_t channels) {
+    return kDepth<Factor> == 1 && WinogradImage<Scalar>::suits(geometry, channels);
+  }
   // This part's share of packing weights (row, channel, 3, 3), as many rows as channels: for the convolution itself, or
   // `transposed` for its input gradient, whose rows are channels and whose taps are turned round.
   static void pack(const Geometry<Scalar>& geometry, Factor* dst, const Scalar* weights, int64_t channels,
@@ -84,10 +87,6 @@ struct Convolution {
   }
 
  private:
-  static bool suits_winograd(const Geometry<Scalar>& geometry, int64_t channels) {
-    return kDepth<Factor> == 1 && WinogradImage<Scalar>::suits(geometry, channels);
-  }
-
   template <class Out, class Done>
   GUNN_INLINE void run_groups(const Scalar* w, int64_t rows, const Piece& piece, const Out& out,
                               const Done& done) const {

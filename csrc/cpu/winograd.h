@@ -106,14 +106,42 @@ struct WinogradImage {
   template <class Out>
   GUNN_INLINE void convolve(int64_t which, const Scalar* w, int64_t rows, const Out& out) const {
     for (int64_t v = 0; v < group; ++v) {
-      const int64_t vector = which * group + v, first = vector * L;
-      transform_input(data + (first / across + 1) * line + first % across, v);
+      const int64_t vector = which * group + v;
+      transform_input(vector, patches, channels * L, L);
       const Destinations to = destinations(vector, out);
       for_row_blocks<kRows>(rows, [&](auto block, int64_t r) {
         constexpr int R = decltype(block)::value;
         multiply_block<R>(w + r * channels, rows * channels);
         transform_output<R>(to, r * T);
       });
+    }
+  }
+
+  // V of one vector of patches: number (4 * row + column) of channel c goes to `to` + number * step + c * pitch.
+  GUNN_NOINLINE void transform_input(int64_t vector, Scalar* to, int64_t step, int64_t pitch) const {
+    const int64_t v = vector % group, first = vector * L;
+    const Scalar* from = data + (first / across + 1) * line + first % across;
+    const Mask<Scalar> inner = load_mask<Scalar>(not_first + v * L), outer = load_mask<Scalar>(not_last + v * L);
+    for (int64_t c = 0; c < channels; ++c) {
+      Vector<Scalar> t[4][4];
+      GUNN_UNROLL for (int j = 0; j < 4; ++j) {
+        // Image rows 2y - 1 … 2y + 2: odd, even, odd, even.
+        const Scalar* row = from + (j == 0 ? -line : j == 3 ? line : 0) + (j % 2 == 0 ? parity : 0);
+        const Vector<Scalar> even = load<Scalar>(row), next = keep<Scalar>(load<Scalar>(row + 1), outer);
+        const Vector<Scalar> other = load<Scalar>(row + odd), before = keep<Scalar>(load<Scalar>(row + odd - 1), inner);
+        t[j][0] = before - other;
+        t[j][1] = even + other;
+        t[j][2] = other - even;
+        t[j][3] = even - next;
+      }
+      GUNN_UNROLL for (int q = 0; q < 4; ++q) {
+        store<Scalar>(to + q * step, t[0][q] - t[2][q]);
+        store<Scalar>(to + (4 + q) * step, t[1][q] + t[2][q]);
+        store<Scalar>(to + (8 + q) * step, t[2][q] - t[1][q]);
+        store<Scalar>(to + (12 + q) * step, t[1][q] - t[3][q]);
+      }
+      from += channel;
+      to += pitch;
     }
   }
 
@@ -135,34 +163,6 @@ struct WinogradImage {
   }
 
  private:
-  // V of the vector of patches whose first one is at `from`; `v` says which of its group.
-  GUNN_NOINLINE void transform_input(const Scalar* from, int64_t v) const {
-    const Mask<Scalar> inner = load_mask<Scalar>(not_first + v * L), outer = load_mask<Scalar>(not_last + v * L);
-    const int64_t step = channels * L;
-    Scalar* to = patches;
-    for (int64_t c = 0; c < channels; ++c) {
-      Vector<Scalar> t[4][4];
-      GUNN_UNROLL for (int j = 0; j < 4; ++j) {
-        // Image rows 2y - 1 … 2y + 2: odd, even, odd, even.
-        const Scalar* row = from + (j == 0 ? -line : j == 3 ? line : 0) + (j % 2 == 0 ? parity : 0);
-        const Vector<Scalar> even = load<Scalar>(row), next = keep<Scalar>(load<Scalar>(row + 1), outer);
-        const Vector<Scalar> other = load<Scalar>(row + odd), before = keep<Scalar>(load<Scalar>(row + odd - 1), inner);
-        t[j][0] = before - other;
-        t[j][1] = even + other;
-        t[j][2] = other - even;
-        t[j][3] = even - next;
-      }
-      GUNN_UNROLL for (int q = 0; q < 4; ++q) {
-        store<Scalar>(to + q * step, t[0][q] - t[2][q]);
-        store<Scalar>(to + (4 + q) * step, t[1][q] + t[2][q]);
-        store<Scalar>(to + (8 + q) * step, t[2][q] - t[1][q]);
-        store<Scalar>(to + (12 + q) * step, t[1][q] - t[3][q]);
-      }
-      from += channel;
-      to += L;
-    }
-  }
-
   template <int R>
   GUNN_NOINLINE void multiply_block(const Scalar* w, int64_t w_step) const {
     for (int64_t at = 0; at < 16; ++at) {
