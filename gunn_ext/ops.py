@@ -473,12 +473,12 @@ def layer_forward(
     """
     sizes = (segments, expansion, units, shortcut)
     _check_operands(x, parameters, *sizes, statistics=(statistics, _statistics_shape(x, *sizes)))
-    y = _empty_like(x)
+    y = _in_large_pages(_empty_like(x))
     batch_statistics = statistics is None
     used = statistics
     if used is None:
         used = x.new_empty(_statistics_shape(x, *sizes), dtype=_wide(x.dtype))
-    saved = _kept(x, *sizes, keep)
+    saved = _in_large_pages(_kept(x, *sizes, keep))
     if x.numel():
         call = _call(
             x,

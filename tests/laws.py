@@ -158,11 +158,14 @@ def values_that_are_not_finite_spread_as_in_torch(values: Sample, value: float, 
     x, grad = values.x.double(), values.grad.double()
     {"x": x, "grad": grad}[where][1, 2, 0, 1] = value
     ours, expected = (run(layer, x, grad) for layer in both(values))
-    for got, wanted in [
-        (ours.y, expected.y),
-        *((ours.gradients[n], expected.gradients[n]) for n in expected.gradients),
-    ]:
-        assert torch.equal(got.isfinite(), wanted.isfinite())
+    assert torch.equal(ours.y.isfinite(), expected.y.isfinite())
+    for name, wanted in expected.gradients.items():
+        # The taps of a 3x3 as one: Winograd's form makes them from the same sums.
+        got, wanted = (
+            g.isfinite().all(-1).all(-1) if name.endswith("spatial.weight") else g.isfinite()
+            for g in (ours.gradients[name], wanted)
+        )
+        assert torch.equal(got, wanted), name
 
 
 # --- the same bits ----------------------------------------------------------------------------------------------------

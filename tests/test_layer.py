@@ -42,7 +42,8 @@ def check_on_threads(case, count, dtype=torch.float32, **options):
     check(sample(case), ours, dtype)
 
 
-# Rows of two and of one and a half vectors' patches, blocks of 24, 12 and 4 rows, halves of vectors, odd heights.
+# Rows of two and of one and a half vectors' patches, blocks of 24, 12 and 4 rows, halves of vectors, odd heights; and
+# weight gradients of 72 rows, more than three vectors of any width, the last of AVX-512 a half one.
 PATCHES = [
     Case(40, 2, batch=1, height=5, width=40),
     Case(24, 2, batch=2, height=9, width=56),
@@ -50,11 +51,14 @@ PATCHES = [
     Case(28, 2, batch=2, height=7, width=8),
     Case(12, 2, batch=2, height=13, width=3),
     Case(12, 2, expansion=3, batch=2, height=4, width=100),
+    Case(48, 2, batch=1, height=3, width=9),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["train", "eval"])
+# The evaluation in float64 differs in the vectors' width alone, and that is the training's as well.
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("train", torch.float32), ("eval", torch.float32), ("train", torch.float64)], ids=str
+)
 @pytest.mark.parametrize("case", SHAPES + PATCHES, ids=str)
 def test_awkward_shapes(case, mode, dtype):
     check_on_threads(replace(case, mode=mode), 2, dtype)
@@ -97,8 +101,7 @@ PANELS = [
 ]
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("count", [2, 3, 4, 7])
+@pytest.mark.parametrize(("count", "recompute"), [(2, True), (3, True), (7, True), (3, False), (4, False)])
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("case", CUT, ids=str)
 def test_threads_share_images(case, mode, count, recompute):
@@ -117,8 +120,7 @@ def test_evaluation_does_not_depend_on_threads(case, dtype):
                 assert all(torch.equal(layer(x), expected) for _ in range(3)), count
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "recompute"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("case", PANELS, ids=str)
 def test_panels_of_segments(case, mode, count, recompute):
@@ -187,7 +189,7 @@ def test_exact_on_small_integers(case, recompute, dtype, limit):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("units", [1, 2])
-@pytest.mark.parametrize("expansion", [1, 2, 3])
+@pytest.mark.parametrize("expansion", [1, 3])
 def test_gradcheck_of_every_option(expansion, units, shortcut, residual, mode, recompute):
     case = replace(TINY, expansion=expansion, units=units, shortcut=shortcut, residual=residual, mode=mode)
     assert laws.gradcheck(sample(case, margin=1e-3), recompute, fast_mode=True)
@@ -238,7 +240,7 @@ def test_recomputation_changes_no_bit(case, dtype, count):
 def test_runs_are_bitwise_equal(recompute, segments, batch, count, dtype):
     values = sample(Case(60, segments, batch=batch, height=9, width=12))
     with threads(count):
-        laws.runs_are_bitwise_equal(values, dtype, recompute, runs=6)
+        laws.runs_are_bitwise_equal(values, dtype, recompute, runs=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -486,8 +488,8 @@ def rule_holds_for(case, precision, seed=0, count=2, **options):
         laws.rule_holds(laws.sample_for(precision, case, seed), precision, **options)
 
 
-@pytest.mark.parametrize("precision", NARROW)
-@pytest.mark.parametrize("mode", ["train", "eval"])
+# float16 has float32's factors and bfloat16's rounding of the state: one mode shows its conversions.
+@pytest.mark.parametrize(("mode", "precision"), [("train", "bfloat16"), ("eval", "bfloat16"), ("train", "float16")])
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_awkward_shapes_of_narrow_layers(case, mode, precision):
     rule_holds_for(replace(case, mode=mode), precision)

@@ -11,16 +11,16 @@
 // Every exchange is one barrier; none is needed after `input`, which touches the thread's own tiles only. Where threads
 // share images, the recomputed 3x3 needs one more, for its neighbours' z1. The transposed convolution reads its
 // neighbours' dh2, so dh1 lies elsewhere. Gradients of the weights are summed by each thread over its pieces (channels
-// in lanes, so no horizontal sums), and over threads in order after the next barrier; two sets of buffers take turns.
+// of the result in lanes, so no horizontal sums), and over threads in order after the next barrier; two sets of buffers
+// take turns.
 //
 // A panel of segments (stages.h) is left when its first segment is: until then dz1 of all its segments is kept, G and
 // dW1 of the panel's own columns are made segment by segment, and those of all others then in one product each.
-//
-// The state's transpose for dW1 is made a few tiles at a time: it costs about a tenth of that product and saves a copy
-// of the state as large as x.
 #pragma once
 
+#include "cpu/outer.h"
 #include "cpu/stages.h"
+#include "cpu/winograd_weights.h"
 
 namespace gunn {
 namespace {
@@ -99,24 +99,24 @@ class BackwardPass {
 
  private:
   static constexpr int64_t T = Simd<Scalar>::tile, L = Simd<Scalar>::lanes, D = kDepth<Factor>;
+  static constexpr int64_t kRowLanes = padded_rows<Scalar>(1);
 
-  // One thread's weight gradients of one panel: dW1 of unit 0 by blocks, each [input group][row][T]; then segment by
-  // segment, per unit: dW1 [input group][row][T], dW2 [dy][o][lanes], dW3 [s][lanes].
+  // One thread's weight gradients of one panel: dW1 of unit 0 by blocks, each [column][padded rows]; then segment by
+  // segment, per unit: dW1 [s][padded k], dW2 [dy][o][lanes] or Winograd's sums, dW3 [k][padded s].
   struct GradientLayout {
-    int64_t spatial_lanes, project_lanes;
+    int64_t spatial_lanes;
     int64_t reduce;
     int64_t spatial[2], project[2], unit_size[2];
     int64_t segment, size;
-    GradientLayout(const LayerShape& shape, const Panels& panels) {
+    GradientLayout(const LayerShape& shape, const Panels& panels, bool winograd) {
       const int64_t k = shape.hidden(), s = shape.segment();
       spatial_lanes = round_up(3 * k, L);
-      project_lanes = round_up(k, L);
       for (int64_t m = 0; m < 2; ++m) {
-        spatial[m] = m == 0 ? 0 : round_up(s, T) * k;
-        project[m] = spatial[m] + 3 * k * spatial_lanes;
-        unit_size[m] = round_up(project[m] + s * project_lanes, 16);
+        spatial[m] = m == 0 ? 0 : s * padded_rows<Scalar>(k);
+        project[m] = spatial[m] + (winograd ? WinogradWeights<Scalar>::sums_size(k) : 3 * k * spatial_lanes);
+        unit_size[m] = round_up(project[m] + k * padded_rows<Scalar>(s), 16);
       }
-      reduce = round_up(panels.size * panels.rows * panels.padded_columns(T), 16);
+      reduce = round_up(panels.padded_size(kRowLanes), 16);
       segment = unit_size[0] + (shape.units - 1) * unit_size[1];
       size = reduce + panels.size * segment;
     }
@@ -131,18 +131,19 @@ class BackwardPass {
     Scalar* image;                   // all tiles of one image, to convert it in place
     Convolution<Factor> transposed;  // of dz2
     GradientSums<Scalar> sums;
-    Slope<Scalar> slope;      // of the exchange just settled
-    Scalar* gradient;         // rows of a few tiles
-    Scalar* activation;       // relu(bn(z)), too
-    Factor* gradient_rows;    // the gradient as factors over rows, where that takes a copy
-    Scalar* hidden_lines;     // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]
-    Factor* hidden_pixels;    // the same as factors over pixels, one from every pixel on, where that takes a copy
-    Factor* gradient_pixels;  // dz as factors over pixels, which are outermost
-    Factor* input_pixels;     // a few tiles of the input, [input group][pixel][T]
+    Slope<Scalar> slope;    // of the exchange just settled
+    Scalar* gradient;       // rows of a few tiles
+    Scalar* activation;     // relu(bn(z)), too
+    Factor* gradient_rows;  // the gradient as factors over rows, where that takes a copy
+    WinogradWeights<Scalar> spatial_weights;
+    Scalar* hidden_lines;   // relu(bn(z1)) with pixels outermost, zero border: [rows + 2][row + 2][k]; not for Winograd
+    Factor* hidden_pixels;  // the same as factors over pixels, one from every pixel on, where that takes a copy
+    Factor* gradient_pixels;  // dz as factors over pixels, which are outermost, and its rows padded
+    Factor* input_rows;       // a few tiles of an input as factors over pixels, where that takes a copy
     Scalar* weights[2];       // gradients of the weights, for even and odd panels
 
     Own(const LayerShape& shape, const Geometry<Scalar>& geometry)
-        : scratch(shape, geometry), transposed(geometry, shape.hidden()) {}
+        : scratch(shape, geometry), transposed(geometry, shape.hidden()), spatial_weights(shape.hidden()) {}
   };
 
   BackwardPass(const LayerShape& shape, const Options& options)
@@ -159,11 +160,11 @@ class BackwardPass {
     own.gradient = arena.take<Scalar>(chunk_tiles_ * (k + s) * T);
     own.activation = arena.take<Scalar>(k * T);
     own.gradient_rows = arena.take<Factor>(D > 1 ? factors<Factor>(panels().size * (k + s)) * T : 0);
+    if (winograd_) own.spatial_weights.take(arena);
     own.hidden_lines = arena.take<Scalar>(hidden_lines_size());
     own.hidden_pixels = arena.take<Factor>(D > 1 ? hidden_lines_size() : 0);
-    own.gradient_pixels =
-        arena.take<Factor>(larger(geometry.pixels * k, chunk_tiles_ * T * panels().size * (k + s)) / D);
-    own.input_pixels = arena.take<Factor>(input_pixels_size());
+    own.gradient_pixels = arena.take<Factor>(gradient_pixels_size());
+    own.input_rows = arena.take<Factor>(D > 1 ? chunk_tiles_ * T / D * larger(shape_.channels, k) : 0);
     for (auto& weights : own.weights) weights = arena.take<Scalar>(gradients_.size);
   }
   Own own(int thread) const {
@@ -174,11 +175,12 @@ class BackwardPass {
   }
   int64_t hidden_lines_size() const {
     // One vector beyond the end: the last window is rounded up to whole vectors.
-    return (stages_.geometry.rows + 2) * hidden_line() + L;
+    return winograd_ ? 0 : (stages_.geometry.rows + 2) * hidden_line() + L;
   }
-  // Also holds one tile of relu(bn(z2)), which is wider than the input where K is large and P small.
-  int64_t input_pixels_size() const {
-    return T / D * larger(round_up(shape_.channels, T) * chunk_tiles_, gradients_.project_lanes);
+  int64_t gradient_pixels_size() const {
+    const int64_t rows = panels().size * (shape_.hidden() + shape_.segment());
+    const int64_t image = stages_.geometry.pixels * padded_rows<Scalar>(shape_.hidden());
+    return larger(image, chunk_tiles_ * T * padded_rows<Scalar>(rows)) / D + L;
   }
   int64_t hidden_line() const { return (stages_.geometry.row + 2) * shape_.hidden(); }
 
@@ -201,9 +203,9 @@ class BackwardPass {
     packed_ = arena.take<Factor>(2 * packed_step_);
     transposed_ = arena.take<Factor>(2 * packed_step_);
     for (auto& slot : partials_) slot = arena.take<double>(threads * 2 * (k + 2 * s));
-    // As many tiles as keep the transposed input within a fraction of the second-level cache.
+    // As many tiles as keep the input within a fraction of the second-level cache.
     constexpr int64_t kChunkBytes = 128 * 1024;
-    const int64_t tile_bytes = round_up(shape_.channels, T) * T * static_cast<int64_t>(sizeof(Factor)) / D;
+    const int64_t tile_bytes = shape_.channels * T * static_cast<int64_t>(sizeof(Factor)) / D;
     chunk_tiles_ = smaller(stages_.geometry.tiles, larger(1, kChunkBytes / tile_bytes));
     Arena one(nullptr);
     Own own(shape_, stages_.geometry);
@@ -282,7 +284,7 @@ class BackwardPass {
       for (int64_t j = 0; j < hidden_lines_size(); ++j) mine.hidden_lines[j] = 0;
       // Lanes beyond the channels are multiplied though nobody reads them: zeros are faster than denormals or NaN.
       for (int64_t j = 0; D > 1 && j < hidden_lines_size(); ++j) mine.hidden_pixels[j] = Factor{};
-      for (int64_t j = 0; j < input_pixels_size(); ++j) mine.input_pixels[j] = Factor{};
+      for (int64_t j = 0; j < gradient_pixels_size(); ++j) mine.gradient_pixels[j] = Factor{};
     }
     stages_.for_own_tiles(team, [&](int64_t image, int64_t tile) {
       load_tile(stages_.geometry, tensors_.y, image, tile, shape_.channels, stages_.state_tile(image, tile));
@@ -458,11 +460,10 @@ class BackwardPass {
       sums.finish_tile(k);
       if (!options_.need_parameters) return;
       activate<Scalar>(z2, norm, k, mask(tile), mine.activation);
-      transpose_rows<Factor>(mine.activation, k,
-                             [&](int64_t pixel) { return mine.input_pixels + pixel * gradients_.project_lanes; });
-      transpose_rows<Factor>(mine.gradient, s, [&](int64_t pixel) { return mine.gradient_pixels + pixel * s; });
-      outer_rows<Factor>({1, T / D, 0, s, 0, gradients_.project_lanes}, mine.gradient_pixels, s, mine.input_pixels,
-                         gradients_.project_lanes, weights, gradients_.project_lanes);
+      transpose_rows<Factor>(mine.gradient, s,
+                             [&](int64_t pixel) { return mine.gradient_pixels + pixel * padded_rows<Scalar>(s); });
+      outer_product<Factor, T>({1, T / D, 0, 0}, pixel_elements<Factor>(mine.activation, k, mine.input_rows), k,
+                               mine.gradient_pixels, s, weights);
     });
     post(team, 1, sums, k);
   }
@@ -471,7 +472,7 @@ class BackwardPass {
     const Own mine = own(team.index);
     settle(team, mine, 1, i, m);
     const auto& geometry = stages_.geometry;
-    const int64_t k = shape_.hidden(), row = geometry.row;
+    const int64_t k = shape_.hidden(), row = geometry.row, pitch = padded_rows<Scalar>(k);
     const Affine<Scalar> affine = mine.scratch.affine, norm = affine.at(stages_.reduce_row(m));
     const Factor* w = transposed(i, m, 1);
     const auto& sums = mine.sums;
@@ -490,29 +491,37 @@ class BackwardPass {
         }
         if (!options_.need_parameters) continue;
         transpose_rows<Factor>(mine.gradient, k,
-                               [&](int64_t pixel) { return mine.gradient_pixels + (tile * T / D + pixel) * k; });
+                               [&](int64_t pixel) { return mine.gradient_pixels + (tile * T / D + pixel) * pitch; });
+        if (winograd_) {
+          stages_.put_hidden(i, m, image, tile, affine, mine.scratch.convolution);
+          continue;
+        }
         activate<Scalar>(stages_.reduce_tile(i, m, image, tile), norm, k, mask(tile), mine.activation);
         transpose_tile<Scalar>(mine.activation, k, [&](int64_t pixel) {
           const int64_t at = tile * T + pixel;
           return mine.hidden_lines + (at / row + 1) * hidden_line() + (at % row + 1) * k;
         });
       }
-      if (options_.need_parameters) {
+      if (options_.need_parameters && winograd_) {
+        if constexpr (D == 1) {
+          mine.spatial_weights.add(mine.scratch.convolution.patches, piece, mine.gradient_pixels, weights);
+        }
+      } else if (options_.need_parameters) {
         // The three taps of a row are neighbours in memory, so lanes run over (dx, input channel).
         const int64_t last_row = smaller((piece.last * T + row - 1) / row, geometry.height);
         const auto clear_pixels = [&](int64_t from, int64_t to) {  // of another piece, in a row that both have
-          for (int64_t j = from * k; j < to * k; ++j) mine.gradient_pixels[j] = Factor{};
+          for (int64_t j = from * pitch; j < to * pitch; ++j) mine.gradient_pixels[j] = Factor{};
         };
         if (geometry.dense) {
           clear_pixels(first_row * row, piece.first * T);
           clear_pixels(piece.last * T, last_row * row);
         }
-        const PixelRuns runs{last_row - first_row, row / D, row / D * k, k, hidden_line(), D * k};
+        const PixelRuns runs{last_row - first_row, row / D, row / D * pitch, pitch, hidden_line(), D * k};
         const int64_t begin = first_row * hidden_line();
         const Factor* hidden = pixel_factors<Factor>(
             mine.hidden_lines + begin, k, (last_row + 2) * hidden_line() - begin, mine.hidden_pixels + begin);
         for (int64_t dy = 0; dy < 3; ++dy) {
-          outer_rows<Factor>(runs, mine.gradient_pixels + first_row * row / D * k, k, hidden + dy * hidden_line(),
+          outer_rows<Factor>(runs, mine.gradient_pixels + first_row * row / D * pitch, k, hidden + dy * hidden_line(),
                              gradients_.spatial_lanes, weights + dy * k * gradients_.spatial_lanes,
                              gradients_.spatial_lanes);
         }
@@ -562,8 +571,8 @@ class BackwardPass {
           differentiate(mine, m, {i, 1, 0, s, 0, 0}, chunk, transposed(i, m, 0), weights(mine, i, m),
                         [&](int64_t tile) { return gradient(tile, i); });
         } else {
-          if (kept) differentiate_block(panels().inside(panel, i, T));
-          if (leaves_panel(i)) panels().for_outside(panel, T, differentiate_block);
+          if (kept) differentiate_block(panels().inside(panel, i, kRowLanes));
+          if (leaves_panel(i)) panels().for_outside(panel, kRowLanes, differentiate_block);
         }
       }
     });
@@ -573,26 +582,50 @@ class BackwardPass {
   template <class Gradient>
   void differentiate(const Own& mine, int64_t m, const WeightBlock& block, const Piece& chunk, const Factor* w,
                      Scalar* weights, const Gradient& gradient) const {
-    const int64_t rows = block.segments * stages_.reduce_rows(m);
+    const int64_t rows = block.segments * stages_.reduce_rows(m), pitch = padded_rows<Scalar>(rows);
     for (int64_t tile = chunk.first; tile < chunk.last; ++tile) {
       const Scalar* dz = gradient(tile);
-      Scalar* to = m == 0 ? gradient_tile(chunk.slot, tile) : update_tile(chunk.slot, tile);
-      gemm_rows<Factor, Into::add>(w, block.columns, row_factors<Factor>(dz, rows, mine.gradient_rows),
-                                   factors<Factor>(rows), stages_.geometry.half(tile), to + block.column * T);
+      const Factor *factors_of_dz = row_factors<Factor>(dz, rows, mine.gradient_rows),
+                   *input = stages_.input_tile(m, chunk.slot, tile) + block.column / D * T;
+      Scalar* to = (m == 0 ? gradient_tile(chunk.slot, tile) : update_tile(chunk.slot, tile)) + block.column * T;
+      constexpr int64_t kTogether = 2 * kBlockRows;
+      for (int64_t c = 0; c < block.columns; c += kTogether) {
+        const int64_t columns = smaller(kTogether, block.columns - c);
+        // dW1 reads the input next: by then it is here.
+        if (options_.need_parameters) prefetch(input + c / D * T, columns * T / D);
+        gemm_rows<Factor, Into::add>(w + c * factors<Factor>(rows), columns, factors_of_dz, factors<Factor>(rows),
+                                     stages_.geometry.half(tile), to + c * T);
+      }
       if (!options_.need_parameters) continue;
       const int64_t at = (tile - chunk.first) * T / D;
-      transpose_rows<Factor>(dz, rows, [&](int64_t pixel) { return mine.gradient_pixels + (at + pixel) * rows; });
-      for (int64_t c = 0; c < block.columns; c += T) {
-        Factor* group = mine.input_pixels + c * chunk_tiles_ * T / D + at * T;
-        transpose_channels<Factor>(stages_.input_tile(m, chunk.slot, tile) + (block.column + c) / D * T,
-                                   smaller(T, block.columns - c), [&](int64_t pixel) { return group + pixel * T; });
-      }
+      transpose_rows<Factor>(dz, rows, [&](int64_t pixel) { return mine.gradient_pixels + (at + pixel) * pitch; });
     }
     if (!options_.need_parameters) return;
-    const PixelRuns runs{1, (chunk.last - chunk.first) * T / D, 0, rows, 0, T};
-    for (int64_t c = 0; c < block.columns; c += T) {
-      outer_rows<Factor>(runs, mine.gradient_pixels, rows, mine.input_pixels + c * chunk_tiles_ * T / D,
-                         round_up(smaller(T, block.columns - c), L), weights + c * rows, T);
+    const auto input = input_elements(mine, m, block, chunk);
+    outer_product<Factor, T>({chunk.last - chunk.first, T / D, input.tile, T / D * pitch}, input.first, block.columns,
+                             mine.gradient_pixels, rows, weights);
+  }
+
+  static void prefetch(const Factor* from, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(Factor);
+    for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(from + j, 0, 2);
+  }
+
+  // Some columns of the reduce stage's input on a few tiles, for products over pixels: [tile][column][pixel].
+  struct InputElements {
+    const Element<Factor>* first;
+    int64_t tile;  // step from one to the next
+  };
+  InputElements input_elements(const Own& mine, int64_t m, const WeightBlock& block, const Piece& chunk) const {
+    const auto tile = [&](int64_t at) { return stages_.input_tile(m, chunk.slot, at) + block.column / D * T; };
+    if constexpr (D == 1) {
+      return {tile(chunk.first), shape_.inputs(m) * T};
+    } else {
+      const int64_t step = block.columns * T;
+      for (int64_t at = chunk.first; at < chunk.last; ++at) {
+        channels_to_pixels<Factor>(tile(at), block.columns, mine.input_rows + (at - chunk.first) * step / D);
+      }
+      return {reinterpret_cast<const Element<Factor>*>(mine.input_rows), step};
     }
   }
 
@@ -609,13 +642,13 @@ class BackwardPass {
       return total;
     };
     const auto reduce = [&](const WeightBlock& block, int64_t m, int64_t base) {
-      const int64_t rows = block.segments * stages_.reduce_rows(m);
+      const int64_t rows = block.segments * stages_.reduce_rows(m), pitch = padded_rows<Scalar>(rows);
       for (int64_t r = team.begin(rows); r < team.end(rows); ++r) {
         Scalar* to = stages_.reduce_weights(tensors_.grads[m], block.first, m, r) + block.column;
-        for (int64_t c = 0; c < block.columns; ++c) to[c] = sum(base + (c / T * rows + r) * T + c % T);
+        for (int64_t c = 0; c < block.columns; ++c) to[c] = sum(base + c * pitch + r);
       }
     };
-    panels().for_blocks(panel, T, [&](const WeightBlock& block) { reduce(block, 0, block.padded_at); });
+    panels().for_blocks(panel, kRowLanes, [&](const WeightBlock& block) { reduce(block, 0, block.padded_at); });
     for (int64_t i = panel.first; i <= panel.last(); ++i) {
       for (int64_t m = 0; m < shape_.units; ++m) {
         const auto& grads = tensors_.grads[m];
@@ -625,6 +658,12 @@ class BackwardPass {
         for (int64_t o = team.begin(k); o < team.end(k); ++o) {
           Scalar* to = grads.spatial + (i * k + o) * k * 9;
           for (int64_t c = 0; c < k; ++c) {
+            if (winograd_) {
+              Scalar sums[16];
+              for (int64_t at = 0; at < 16; ++at) sums[at] = sum(spatial + (at * k + c) * padded_rows<Scalar>(k) + o);
+              WinogradWeights<Scalar>::finish(sums, to + c * 9);
+              continue;
+            }
             for (int64_t tap = 0; tap < 9; ++tap) {
               to[c * 9 + tap] = sum(spatial + (tap / 3 * k + o) * gradients_.spatial_lanes + tap % 3 * k + c);
             }
@@ -633,7 +672,7 @@ class BackwardPass {
         const int64_t project = base + gradients_.project[kind];
         for (int64_t o = team.begin(s); o < team.end(s); ++o) {
           Scalar* to = grads.project + (i * s + o) * k;
-          for (int64_t c = 0; c < k; ++c) to[c] = sum(project + o * gradients_.project_lanes + c);
+          for (int64_t c = 0; c < k; ++c) to[c] = sum(project + c * padded_rows<Scalar>(s) + o);
         }
       }
     }
@@ -663,7 +702,10 @@ class BackwardPass {
   const Options options_;
   Tensors tensors_{};
   Stages<Precision> stages_;
-  GradientLayout gradients_{shape_, stages_.panels};
+  // dW2 takes Winograd's form, which wants padded rows.
+  const bool winograd_ =
+      !stages_.geometry.dense && Convolution<Factor>::suits_winograd(stages_.geometry, shape_.hidden());
+  GradientLayout gradients_{shape_, stages_.panels, winograd_};
   bool kept_ = false;
   bool in_place_ = false;
   Scalar* gradient_ = nullptr;  // G: the gradient of the state

@@ -22,7 +22,15 @@ struct Products {
   using Element = Factor;              // one number of a factor
   static constexpr int64_t depth = 1;  // numbers in a factor
 
-  static GUNN_INLINE void add(Vector<Sum>& sum, Vector<Factor> x, Factor w) { sum += x * w; }
+  // One factor for all lanes, or one for each; vectors, or half ones.
+  template <class Sums, class Values, class Weight>
+  static GUNN_INLINE void add(Sums& sum, Values x, Weight w) {
+    sum += x * w;
+  }
+  static GUNN_INLINE Vector<Factor> in_all_lanes(Factor w) { return w - Vector<Factor>{}; }
+
+  // The factor of neighbours in memory.
+  static GUNN_INLINE Factor at(const Element* p) { return *p; }
 
   // Between a factor and its numbers in memory, `step` apart.
   template <class Storage>
@@ -53,10 +61,25 @@ struct Products<Pair> {
   static constexpr int64_t depth = 2;
   typedef uint16_t Halves __attribute__((vector_size(GUNN_VECTOR_BYTES)));
 
-  static GUNN_INLINE void add(Vector<Sum>& sum, Vector<Pair> x, Pair w) {
-    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(_mm512_set1_epi32(w.bits)));
+  using HalfSum = Simd<Sum>::Half;
+  using HalfPairs = Simd<Pair>::Half;
+  static GUNN_INLINE Vector<Pair> in_all_lanes(Pair w) {
+    return reinterpret_cast<Vector<Pair>>(_mm512_set1_epi32(w.bits));
+  }
+  static GUNN_INLINE void add(Vector<Sum>& sum, Vector<Pair> x, Vector<Pair> w) {
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  }
+  static GUNN_INLINE void add(Vector<Sum>& sum, Vector<Pair> x, Pair w) { add(sum, x, in_all_lanes(w)); }
+  static GUNN_INLINE void add(HalfSum& sum, HalfPairs x, HalfPairs w) {
+    sum = reinterpret_cast<HalfSum>(
+        _mm256_dpbf16_ps(reinterpret_cast<__m256>(sum), reinterpret_cast<__m256bh>(x), reinterpret_cast<__m256bh>(w)));
   }
 
+  static GUNN_INLINE Pair at(const BFloat16* p) {
+    Pair pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return pair;
+  }
   static GUNN_INLINE Pair gather(const BFloat16* from, int64_t step) {
     return {static_cast<int32_t>(from[0].bits | static_cast<uint32_t>(from[step].bits) << 16)};
   }
@@ -186,6 +209,26 @@ GUNN_INLINE const Factor* row_factors(const Sum<Factor>* from, int64_t rows, Fac
     }
     return room;
   }
+}
+
+// `rows` rows of one tile as numbers of a product over pixels, [row][pixel]; `room` is used where that takes a copy.
+template <class Factor>
+GUNN_INLINE auto pixel_elements(const Sum<Factor>* from, int64_t rows, Factor* room) {
+  constexpr int64_t T = Simd<Factor>::tile;
+  if constexpr (kDepth<Factor> == 1) {
+    return from;
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      store<Factor>(room + r * T / kDepth<Factor>, Products<Factor>::neighbours(from + r * T));
+    }
+    return reinterpret_cast<const typename Products<Factor>::Element*>(room);
+  }
+}
+// The same from `channels` channels as factors of a product over channels.
+template <class Factor>
+GUNN_INLINE void channels_to_pixels(const Factor* from, int64_t channels, Factor* to) {
+  constexpr int64_t T = Simd<Factor>::tile, D = kDepth<Factor>;
+  for (int64_t c = 0; c < channels; ++c) Products<Factor>::regroup(from + c / D * T, c % D, to + c * T / D);
 }
 
 // Numbers of neighbours in depth, `step` apart in `from`, as factors: one from each of the first `size` - `step` on.

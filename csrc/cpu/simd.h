@@ -103,6 +103,14 @@ GUNN_INLINE double sum_of_lanes(Vector<Scalar> v) {
 #endif
 #endif
 
+// The first half of a vector: no instruction.
+template <class Scalar>
+GUNN_INLINE typename Simd<Scalar>::Half low_half(Vector<Scalar> v) {
+  typename Simd<Scalar>::Half half;
+  __builtin_memcpy(&half, &v, sizeof(half));
+  return half;
+}
+
 template <class Scalar, size_t... I>
 GUNN_INLINE Vector<Scalar> join(typename Simd<Scalar>::Half low, typename Simd<Scalar>::Half high,
                                 std::index_sequence<I...>) {

@@ -46,7 +46,7 @@ struct Panel {
 struct WeightBlock {
   int64_t first, segments;
   int64_t column, columns;
-  int64_t at, padded_at;  // where it begins among its panel's, and where if columns were padded to whole tiles
+  int64_t at, padded_at;  // where it begins among its panel's, and where if rows were padded
 };
 
 // How segments make panels: as many as fill three row blocks, where one alone fills less than two, and an even number
@@ -66,19 +66,20 @@ struct Panels {
   Panel of(int64_t segment) const { return at(index(segment)); }
 
   // Calls visit(WeightBlock) for what no segment of the panel changes: columns to the left and to the right of its own.
+  // Rows may be padded to a multiple of `lanes`.
   template <class Visit>
-  GUNN_INLINE void for_outside(const Panel& panel, int64_t tile, Visit visit) const {
+  GUNN_INLINE void for_outside(const Panel& panel, int64_t lanes, Visit visit) const {
     const int64_t begin = size == 1 ? channels : panel.first * width,
                   end = begin + (size == 1 ? 0 : panel.count * width);
     const int64_t all = panel.count * rows;
     if (begin > 0) visit(WeightBlock{panel.first, panel.count, 0, begin, 0, 0});
     if (end < channels) {
-      visit(WeightBlock{panel.first, panel.count, end, channels - end, all * begin, all * round_up(begin, tile)});
+      visit(WeightBlock{panel.first, panel.count, end, channels - end, all * begin, round_up(all, lanes) * begin});
     }
   }
   bool has_inside() const { return size > 1; }
   // The panel's own columns, for one of its segments.
-  WeightBlock inside(const Panel& panel, int64_t segment, int64_t tile) const {
+  WeightBlock inside(const Panel& panel, int64_t segment, int64_t lanes) const {
     const int64_t begin = panel.first * width, columns = panel.count * width, rest = channels - begin - columns;
     const int64_t all = panel.count * rows, before = (segment - panel.first) * rows;
     return {segment,
@@ -86,15 +87,17 @@ struct Panels {
             begin,
             columns,
             all * (begin + rest) + before * columns,
-            all * (round_up(begin, tile) + round_up(rest, tile)) + before * round_up(columns, tile)};
+            round_up(all, lanes) * (begin + rest) + (segment - panel.first) * round_up(rows, lanes) * columns};
   }
   template <class Visit>
-  GUNN_INLINE void for_blocks(const Panel& panel, int64_t tile, Visit visit) const {
-    for_outside(panel, tile, visit);
-    for (int64_t i = panel.first; has_inside() && i <= panel.last(); ++i) visit(inside(panel, i, tile));
+  GUNN_INLINE void for_blocks(const Panel& panel, int64_t lanes, Visit visit) const {
+    for_outside(panel, lanes, visit);
+    for (int64_t i = panel.first; has_inside() && i <= panel.last(); ++i) visit(inside(panel, i, lanes));
   }
-  // Values of one row, padded, over all blocks it is in: no more than this.
-  int64_t padded_columns(int64_t tile) const { return channels + (has_inside() ? 3 : 1) * tile; }
+  // Values of all blocks of a panel, their rows padded.
+  int64_t padded_size(int64_t lanes) const {
+    return round_up(size * rows, lanes) * channels + (has_inside() ? size * round_up(rows, lanes) * size * width : 0);
+  }
 };
 
 // Where the packed weights of one panel lie: the reduce weights of unit 0 of all its segments, then segment by segment.

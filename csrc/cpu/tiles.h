@@ -221,18 +221,6 @@ GUNN_INLINE void transpose_rows(const Sum<Factor>* from, int64_t rows, To to) {
         rows, to, [&](int64_t r, Factor* room) { store<Factor>(room, Products<Factor>::neighbours(from + r * T)); });
   }
 }
-// The same from the factors of a product over channels; `channels` of them.
-template <class Factor, class To>
-GUNN_INLINE void transpose_channels(const Factor* from, int64_t channels, To to) {
-  if constexpr (kDepth<Factor> == 1) {
-    transpose_tile<Factor>(from, channels, to);
-  } else {
-    constexpr int64_t T = Simd<Factor>::tile;
-    transpose_pixel_factors<Factor>(channels, to, [&](int64_t c, Factor* room) {
-      Products<Factor>::regroup(from + c / kDepth<Factor> * T, c % kDepth<Factor>, room);
-    });
-  }
-}
 
 }  // namespace
 }  // namespace gunn
