@@ -418,12 +418,41 @@ def drivers(
     Raises:
         RuntimeError: Nothing here serves the device of ``x``.
     """
+    call = _asking(x, segments, expansion, units, shortcut, residual, batch_statistics)
+    forward, backward = call.backend.core.drivers(call.shape, call.options, call.name, keep)
+    return forward, backward
+
+
+def large_tiles(
+    x: Tensor,
+    segments: int,
+    expansion: int,
+    units: int,
+    shortcut: bool,
+    residual: bool,
+    *,
+    batch_statistics: bool,
+    keep: bool,
+) -> str:
+    """Name the kernels of the staged CUDA driver that would take large tiles for ``x``; arguments as of `drivers`.
+
+    Returns:
+        Their names with commas between them; empty where all tiles are small, and on the CPU.
+
+    Raises:
+        RuntimeError: Nothing here serves the device of ``x``.
+    """
+    call = _asking(x, segments, expansion, units, shortcut, residual, batch_statistics)
+    return call.backend.core.large_tiles(call.shape, call.options, call.name, keep)
+
+
+def _asking(
+    x: Tensor, segments: int, expansion: int, units: int, shortcut: bool, residual: bool, batch_statistics: bool
+) -> _Call:
     found = _backend_of(x.device)
     tensor_float = x.dtype == torch.float32 and found.allows_tensor_float()
     options = {"batch_statistics": batch_statistics, "eps": 1.0}
-    call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
-    forward, backward = found.core.drivers(call.shape, call.options, call.name, keep)
-    return forward, backward
+    return _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
 
 
 # --- The two operators ---------------------------------------------------------------------------------------------
