@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -389,6 +389,20 @@ def _call(
     return _Call(found, shape, placed, x.dtype)
 
 
+class Drivers(NamedTuple):
+    """What computes a layer.
+
+    Attributes:
+        forward: ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU.
+        backward: The same.
+        large_tiles: Kernels of the staged driver that take them, names with commas between; none on the CPU.
+    """
+
+    forward: str
+    backward: str
+    large_tiles: str
+
+
 def drivers(
     x: Tensor,
     segments: int,
@@ -399,7 +413,7 @@ def drivers(
     *,
     batch_statistics: bool,
     keep: bool,
-) -> tuple[str, str]:
+) -> Drivers:
     """Name what would compute a gradual layer's forward and backward for ``x`` now: of several drivers the one taken.
 
     Args:
@@ -412,47 +426,16 @@ def drivers(
         batch_statistics: Whether the batch's own statistics normalise.
         keep: Whether the forward keeps pre-activations for the backward.
 
-    Returns:
-        ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU.
-
     Raises:
         RuntimeError: Nothing here serves the device of ``x``.
     """
-    call = _asking(x, segments, expansion, units, shortcut, residual, batch_statistics)
-    forward, backward = call.backend.core.drivers(call.shape, call.options, call.name, keep)
-    return forward, backward
-
-
-def large_tiles(
-    x: Tensor,
-    segments: int,
-    expansion: int,
-    units: int,
-    shortcut: bool,
-    residual: bool,
-    *,
-    batch_statistics: bool,
-    keep: bool,
-) -> str:
-    """Name the kernels of the staged CUDA driver that would take large tiles for ``x``; arguments as of `drivers`.
-
-    Returns:
-        Their names with commas between them; empty where all tiles are small, and on the CPU.
-
-    Raises:
-        RuntimeError: Nothing here serves the device of ``x``.
-    """
-    call = _asking(x, segments, expansion, units, shortcut, residual, batch_statistics)
-    return call.backend.core.large_tiles(call.shape, call.options, call.name, keep)
-
-
-def _asking(
-    x: Tensor, segments: int, expansion: int, units: int, shortcut: bool, residual: bool, batch_statistics: bool
-) -> _Call:
     found = _backend_of(x.device)
     tensor_float = x.dtype == torch.float32 and found.allows_tensor_float()
     options = {"batch_statistics": batch_statistics, "eps": 1.0}
-    return _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
+    call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
+    asked = (call.shape, call.options, call.name, keep)
+    forward, backward = found.core.drivers(*asked)
+    return Drivers(forward, backward, found.core.large_tiles(*asked))
 
 
 # --- The two operators ---------------------------------------------------------------------------------------------

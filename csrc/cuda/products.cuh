@@ -20,7 +20,8 @@ template <class Precision, class Tile, class Source>
 GUNN_DEVICE void multiply_pixels(Pool<Precision, Tile>& pool, Product<Precision, Tile>& product, const Source& source,
                                  const PackShape& shape, const PackedRows<Precision>& weights) {
   constexpr int kDepth = Pool<Precision>::kDepth;
-  StagedPixels<Precision, Tile, Source> pixels(source, shape.depth);
+  using Pixels = StagedPixels<Precision, Tile, Source>;
+  Pixels pixels(source, shape.depth);
   const int chunks = shape.chunks<Precision>();
   auto* operands = pool.tile.operands;
   if constexpr (Tile::kChunks == 1) {
@@ -28,12 +29,17 @@ GUNN_DEVICE void multiply_pixels(Pool<Precision, Tile>& pool, Product<Precision,
       __syncthreads();
       weights.template copy<Tile::kThreads>(operands->b, chunk);
       copy_async_commit();
-      pixels.stage(operands->a, pool.window[0], chunk * kDepth);
+      GUNN_UNROLL
+      for (int turn = 0; turn < Pixels::kTurns; ++turn) {
+        pixels.load(pool.window[0], chunk * kDepth, turn);
+        pixels.store(operands->a, turn);
+      }
       copy_async_wait<0>();
       __syncthreads();
       product.template multiply<Layout::by_row>(*operands);
     }
   } else {
+    static_assert(Pixels::kTurns == 1, "a chunk waits in registers");
     const auto load = [&](int chunk) {
       weights.template copy<Tile::kThreads>(operands[chunk % 2].b, chunk);
       copy_async_commit();

@@ -398,7 +398,7 @@ GUNN_DEVICE void put(typename Precision::Element* to, const Values<Precision>& v
 }
 
 // by_row: pixels of the window are rows, channels [first, first + kDepth) are depth; zeros beyond either. What has been
-// loaded waits in registers until it is stored; `stage` does both, one after another.
+// loaded waits in registers until it is stored, two pixels a thread at once; all are loaded in kTurns turns.
 template <class Precision, class Tile, class Source>
 class StagedPixels {
   using P = Pool<Precision, Tile>;
@@ -406,49 +406,40 @@ class StagedPixels {
   using Column = typename Source::Column;
   using Loaded = typename Source::Loaded;
   static constexpr int kPieces = P::kDepth / P::kVector, kStep = Tile::kThreads / kPieces;
-  static constexpr int kLoads = Tile::kRows / kStep;
+  static constexpr int kLoads = 2;
 
  public:
+  static constexpr int kTurns = Tile::kRows / (kLoads * kStep);
+
   GUNN_DEVICE StagedPixels(const Source& source, int channels) : source_(source), channels_(channels) {}
 
-  GUNN_DEVICE void load(const PixelWindow<Tile::kRows>& window, int first) {
-    const Column column = open(window, first);
+  GUNN_DEVICE void load(const PixelWindow<Tile::kRows>& window, int first, int turn = 0) {
+    channel_ = first + threadIdx.x % kPieces * P::kVector;
+    count_ = channel_ < channels_ ? window.count : 0;
+    if (count_ == 0) return;
+    const Column column = source_.column(channel_);
     GUNN_UNROLL
     for (int j = 0; j < kLoads; ++j) {
-      if (row(j) < count_) loaded_[j] = source_.load(window, row(j), column);
+      if (row(turn, j) < count_) loaded_[j] = source_.load(window, row(turn, j), column);
     }
   }
-  GUNN_DEVICE void store(Element* to) const {
-    const Column column = count_ > 0 ? source_.column(channel_) : Column{};
-    GUNN_UNROLL
-    for (int j = 0; j < kLoads; ++j) put_row(to, j, loaded_[j], column);
-  }
-  GUNN_DEVICE void stage(Element* to, const PixelWindow<Tile::kRows>& window, int first) {
-    const Column column = open(window, first);
+  GUNN_DEVICE void store(Element* to, int turn = 0) const {
+    Column column{};
+    if (count_ > 0) column = source_.column(channel_);
     GUNN_UNROLL
     for (int j = 0; j < kLoads; ++j) {
-      Loaded loaded{};
-      if (row(j) < count_) loaded = source_.load(window, row(j), column);
-      put_row(to, j, loaded, column);
+      Values<Precision> values;
+      if (row(turn, j) < count_) {
+        source_.values(loaded_[j], column, values);
+      } else {
+        set_zero<Precision>(values);
+      }
+      put<Precision>(to + row(turn, j) * P::kRowStride + threadIdx.x % kPieces * P::kVector, values);
     }
   }
 
  private:
-  static GUNN_DEVICE int row(int j) { return threadIdx.x / kPieces + j * kStep; }
-  GUNN_DEVICE Column open(const PixelWindow<Tile::kRows>& window, int first) {
-    channel_ = first + threadIdx.x % kPieces * P::kVector;
-    count_ = channel_ < channels_ ? window.count : 0;
-    return count_ > 0 ? source_.column(channel_) : Column{};
-  }
-  GUNN_DEVICE void put_row(Element* to, int j, const Loaded& loaded, const Column& column) const {
-    Values<Precision> values;
-    if (row(j) < count_) {
-      source_.values(loaded, column, values);
-    } else {
-      set_zero<Precision>(values);
-    }
-    put<Precision>(to + row(j) * P::kRowStride + threadIdx.x % kPieces * P::kVector, values);
-  }
+  static GUNN_DEVICE int row(int turn, int j) { return threadIdx.x / kPieces + (kLoads * turn + j) * kStep; }
 
   const Source& source_;
   const int channels_;
@@ -457,7 +448,7 @@ class StagedPixels {
 };
 
 // by_depth: `rows` channels from `first` on, before `end`, are rows; kDepth pixels of a window, from its pixel `offset`
-// on, are depth; zeros beyond either.
+// on, are depth; zeros beyond either. `stage` loads and stores one pixel after another, in fewer registers.
 template <class Precision, class Tile, class Source, int rows>
 class StagedChannels {
   using P = Pool<Precision, Tile>;

@@ -124,20 +124,19 @@ def asking(driver: str | None, work: Callable[[], Any]) -> Callable[[], Any]:
     return asked
 
 
-def served_driver(layer: StackedLayer, x: Tensor) -> str:
-    """Which driver the kernels take for ``x``, as asked for now; two names where the backward has another."""
-    forward, backward = ops.drivers(x, *_sizes(layer), **_options(layer))
-    return forward if forward == backward or not layer.training else f"{forward}, {backward}"
+def served_by(layer: StackedLayer, x: Tensor) -> tuple[str, str]:
+    """Which driver the kernels take for ``x``, as asked for now, two names where the backward has another.
 
-
-def large_tiles(layer: StackedLayer, x: Tensor) -> str:
-    """Which kernels of the staged CUDA driver take large tiles for ``x``, as asked for now."""
-    return ops.large_tiles(x, *_sizes(layer), **_options(layer))
-
-
-def _sizes(layer: StackedLayer) -> tuple[int, int, int, bool, bool]:
-    return layer.segments, layer.expansion, layer.num_units, layer.shortcut, layer.residual
-
-
-def _options(layer: StackedLayer) -> dict[str, bool]:
-    return {"batch_statistics": layer.training, "keep": layer.training and not layer.recompute}
+    And which kernels of the staged CUDA driver take large tiles.
+    """
+    forward, backward, large_tiles = ops.drivers(
+        x,
+        layer.segments,
+        layer.expansion,
+        layer.num_units,
+        layer.shortcut,
+        layer.residual,
+        batch_statistics=layer.training,
+        keep=layer.training and not layer.recompute,
+    )
+    return forward if forward == backward or not layer.training else f"{forward}, {backward}", large_tiles
