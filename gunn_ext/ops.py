@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -397,6 +397,20 @@ def _call(
     return _Call(found, shape, placed, x.dtype)
 
 
+class Drivers(NamedTuple):
+    """What computes a layer.
+
+    Attributes:
+        forward: ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU.
+        backward: The same.
+        large_tiles: Kernels of the staged driver that take them, names with commas between; none on the CPU.
+    """
+
+    forward: str
+    backward: str
+    large_tiles: str
+
+
 def drivers(
     x: Tensor,
     segments: int,
@@ -407,7 +421,7 @@ def drivers(
     *,
     batch_statistics: bool,
     keep: bool,
-) -> tuple[str, str]:
+) -> Drivers:
     """Name what would compute a gradual layer's forward and backward for ``x`` now: of several drivers the one taken.
 
     Args:
@@ -420,9 +434,6 @@ def drivers(
         batch_statistics: Whether the batch's own statistics normalise.
         keep: Whether the forward keeps pre-activations for the backward.
 
-    Returns:
-        ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU.
-
     Raises:
         RuntimeError: Nothing here serves the device of ``x``.
     """
@@ -430,8 +441,9 @@ def drivers(
     tensor_float = may_use_tensor_float(x)
     options = {"batch_statistics": batch_statistics, "eps": 1.0}
     call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
-    forward, backward = found.core.drivers(call.shape, call.options, call.name, keep)
-    return forward, backward
+    asked = (call.shape, call.options, call.name, keep)
+    forward, backward = found.core.drivers(*asked)
+    return Drivers(forward, backward, found.core.large_tiles(*asked))
 
 
 # --- The two operators ---------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ LATER = {("0", "true"): ", unit 0", ("0", "false"): ", units 1…"}
 PERSISTENT = ("persistent_forward", "persistent_backward")  # <k and s in eights, warps, fragments of pixels, streams>
 PRODUCTS = ("input_weights", "hidden_weights")
 WITH_POOL = (*HOT, "unit_gradient")  # whose tile lies in dynamic shared memory
+TILES = ("SmallTile", "LargeTile")
+LARGE = ("reduce", "spatial", "spatial_backward", "input_backward", "weight_gradient")  # which large tiles serve too
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
 TENSOR_CORE = 0x23C  # opcode of HMMA, every kind, sm_75 to sm_90
 
@@ -52,7 +54,12 @@ class Kernel:
         """Of a block."""
         if self.plain_name in PERSISTENT:
             return 32 * int(self.name.split(", ")[2])
-        return 256 if self.plain_name in PRODUCTS else 128
+        return 256 if self.plain_name in PRODUCTS or self.tile == "LargeTile" else 128
+
+    @property
+    def tile(self) -> str:
+        """Of a product, or of an element-wise kernel."""
+        return TILES["LargeTile" in self.name]
 
 
 def entries(text: str) -> dict[str, str]:
@@ -125,13 +132,14 @@ def count_instructions(cubin: bytes, opcode: int) -> Iterator[tuple[str, int]]:
             yield name.removeprefix(".text."), sum(word & 0xFFF == opcode for word in words)
 
 
-def pool_bytes(folder: Path) -> dict[str, int]:
-    """The dynamic shared memory of a kernel with a tile, for each dtype."""
-    sizes = "".join(f'std::printf("%zu ", sizeof(gunn::Pool<gunn::{PRECISIONS[dtype]}>));' for dtype in DTYPES)
-    source = f'#include "cuda/tile.cuh"\nusing gunn::BFloat16, gunn::Float16;\nint main() {{ {sizes} }}\n'
+def pool_bytes(folder: Path) -> dict[tuple[str, str], int]:
+    """The dynamic shared memory of a kernel with a tile, for each dtype and tile."""
+    keys = [(dtype, tile) for dtype in DTYPES for tile in TILES]
+    sizes = "".join(f'std::printf("%zu ", sizeof(Pool<{PRECISIONS[dtype]}, {tile}>));' for dtype, tile in keys)
+    source = f'#include "cuda/tile.cuh"\nusing namespace gunn;\nint main() {{ {sizes} }}\n'
     # The sizes need no link with the emulator: nothing of it is called.
     run("g++", "-std=c++17", "-O1", f"-I{CSRC}", "-x", "c++", "-", "-o", f"{folder}/sizes", text=source)
-    return dict(zip(DTYPES, map(int, run(f"{folder}/sizes").split()), strict=True))
+    return dict(zip(keys, map(int, run(f"{folder}/sizes").split()), strict=True))
 
 
 def default_architectures() -> list[str]:
@@ -150,16 +158,16 @@ def print_table(architectures: Iterable[str]) -> int:
             number, _, virtual = architecture.partition("-")
             for dtype in DTYPES:
                 code[architecture, dtype] = pool.submit(ptx if virtual else kernels, dtype, number, folder)
-        print(f"{'arch':10} {'dtype':14} {'kernel':36} registers  shared  stack  spilled  HMMA")
+        print(f"{'arch':10} {'dtype':14} {'kernel':52} registers  shared  stack  spilled  HMMA")
         for (architecture, dtype), made in code.items():
             if isinstance(made.result(), str):
                 print(f"{architecture:10} {dtype:14} {made.result().count('.entry')} kernels of PTX", flush=True)
                 continue
             for kernel in made.result():
-                memory = kernel.static_shared + (shared[dtype] if kernel.plain_name in WITH_POOL else 0)
+                memory = kernel.static_shared + (shared[dtype, kernel.tile] if kernel.plain_name in WITH_POOL else 0)
                 bad += kernel.stack > 0 or kernel.spilled > 0
                 print(
-                    f"{architecture:10} {dtype:14} {kernel.name:36} {kernel.registers:9} {memory:7} {kernel.stack:6} "
+                    f"{architecture:10} {dtype:14} {kernel.name:52} {kernel.registers:9} {memory:7} {kernel.stack:6} "
                     f"{kernel.spilled:8} {kernel.tensor_cores:5}",
                     flush=True,
                 )

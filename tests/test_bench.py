@@ -143,7 +143,8 @@ def test_narrow_and_wide_dtypes_are_held_to_their_own_rounding(capsys, tmp_path)
     assert [row.get("error") for row in rows] == [None] * 8
     errors = {dtype: max(r["relative_error"] for r in rows if r["dtype"] == dtype) for dtype in ("bfloat16", "float64")}
     assert errors["float64"] < 1e-12 < 1e-4 < errors["bfloat16"] < 0.1
-    assert {row["driver"] for row in rows if row["dtype"] == "bfloat16" and row["peer"] == "ours"} == {"fused"}
+    ours = [row for row in rows if row["dtype"] == "bfloat16" and row["peer"] == "ours"]
+    assert {(row["driver"], row["large_tiles"]) for row in ours} == {("fused", "")}
 
 
 def test_running_statistics_keep_hundreds_of_segments_finite():

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import device_code
 import pytest
-from device_code import DTYPES, HOT, PERSISTENT, PRODUCTS
+from device_code import DTYPES, HOT, LARGE, PERSISTENT, PRODUCTS
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 ON_TENSOR_CORES = ("bfloat16", "float16", "tensor_float32")
@@ -43,10 +43,22 @@ def test_no_kernel_spills_or_has_a_stack(compiled, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_are_on_tensor_cores_unless_the_dtype_is_wider(compiled, dtype):
-    """A chunk is two steps in depth of eight products side by side."""
-    expected = 16 if dtype in ON_TENSOR_CORES else 0
-    for kernel in hot_kernels(compiled, dtype):
-        assert kernel.tensor_cores == expected, kernel
+    """A chunk is two steps in depth of eight products side by side; in a large tile of ten, of two fragments each."""
+    expected = {"SmallTile": 16 if dtype in ON_TENSOR_CORES else 0, "LargeTile": 40}
+    kernels = hot_kernels(compiled, dtype)
+    for kernel in kernels:
+        assert kernel.tensor_cores == expected[kernel.tile], kernel
+    large = {kernel.plain_name for kernel in kernels if kernel.tile == "LargeTile"}
+    assert large == (set(LARGE) if dtype in ("bfloat16", "float16") else set())
+
+
+@pytest.mark.parametrize("architecture", ["80", "89"])
+def test_large_tiles_fit_older_gpus(compiled, architecture, tmp_path):
+    """In registers, and in the 99 kB of shared memory that a block has at most where it has least."""
+    found = [kernel for kernel in compiled[2]["bfloat16", architecture].result() if kernel.tile == "LargeTile"]
+    assert {kernel.plain_name for kernel in found} == set(LARGE)
+    assert [kernel for kernel in found if kernel.spilled or kernel.stack] == []
+    assert device_code.pool_bytes(tmp_path)["bfloat16", "LargeTile"] <= 99 * 1024
 
 
 @pytest.mark.parametrize(("dtype", "architecture"), [*OLDER, *((dtype, "90a") for dtype in ON_TENSOR_CORES)])

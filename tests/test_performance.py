@@ -70,6 +70,7 @@ def test_the_tiny_layer_by_hand_on_the_staged_driver():
     found = staged(TINY, 1, "float32", ROUND)
     # Values a pixel and segment: reduce 4 + 2, spatial 2 + 2, project 2 + 2, write-back 4 * 2.
     moved = 2 * PIXELS * 4 * (6 + 4 + 4 + 8)
+    moved += 2 * 48 * 4  # weights, once for the one tile of pixels
     assert found.evaluation.compute == pytest.approx(FLOPS / 10)
     assert found.evaluation.cache == pytest.approx(moved / 4)
     assert found.evaluation.memory == 2 * STATE
@@ -78,6 +79,39 @@ def test_the_tiny_layer_by_hand_on_the_staged_driver():
     # A block of segments takes all of them: 3 launches to recompute, 4 a segment for the chain, 6 for the weights.
     assert found.backward.launch == (3 + 2 * 4 + 6) * 1000.0
     assert found.backward.compute == pytest.approx(3 * FLOPS / 10)
+
+
+def test_large_tiles_read_operands_less_often():
+    """The first layer of GUNN-24: of a pixel and segment in 16-bit values, by hand; what else moves is the same."""
+    sizes, k, s, n = LAYERS["gunn24-1"], 108, 36, 720
+    limits = replace(H200, launch=0.0, cache_bandwidth=float("inf"))  # weights cost nothing
+
+    def saved(which):
+        small, large = (staged(sizes, 64, "bfloat16", limits, large_tiles=value) for value in (False, True))
+        seconds = getattr(small, which).memory - getattr(large, which).memory
+        return seconds * 4.3e12 / (2 * 64 * 32**2 * 20)
+
+    # The state three times or once; in both units the 3x3's input twice or once.
+    forward = 2 * n + 2 * k
+    assert saved("forward") == pytest.approx(forward)
+    # Gradients twice or once of the transposed 3x3, 12 times or 5 of the spread.
+    chain = 2 * 2 * k + 2 * (k + s) * (12 - 5)
+    # Operands of the weights' gradients: rows once for so many inputs, inputs once for so many rows.
+    reduce = (k + s) * (12 - 6) + n * (3 - 1)
+    spatial = k * (16 - 8) + 9 * k * (2 - 1)
+    partials = 2 * 2 * (39 - 34) * 9 * k * k / (64 * 32**2)  # of float32, written and read: 34 ranges of pixels, not 39
+    assert saved("backward") == pytest.approx(forward + chain + reduce + 2 * (spatial + partials))
+
+
+def test_large_tiles_serve_16_bits_where_they_are_enough():
+    for name, batch, dtype, serve in (
+        ("gunn24-1", 64, "bfloat16", True),
+        ("gunn24-1", 64, "float32", False),
+        ("gunn15-8", 64, "float16", False),
+        ("gunn18-1", 32, "float16", True),
+    ):
+        small, any_size = (staged(LAYERS[name], batch, dtype, H200, large_tiles=value) for value in (False, True))
+        assert (small != any_size) == serve, name
 
 
 def test_the_tiny_layer_by_hand_on_the_cpu():

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace gunn {
 
@@ -104,6 +105,7 @@ struct Sizes {
 
 struct DriverNames {
   const char *forward, *backward;
+  std::string large_tiles;  // kernels of the GPU's staged driver that take them here, by name
 };
 
 // One backend at one instruction set and dtype.

@@ -8,7 +8,7 @@
 //
 // dz of a batch norm's input is computed where it is loaded, from d, z and three numbers a channel (view.cuh).
 //
-// Owns:      as in forward.cuh: tile of 64 pixels x tile of 64 channels of the result.
+// Owns:      as in forward.cuh: tile of pixels x tile of channels of the result.
 // Barriers:  none between blocks; sums travel as statistics do (exchange.cuh).
 // Costs:     the forward's FLOPs: 2*pixels*(k*s + 9*k^2 + n*(k + s)); d is rounded to storage, as torch rounds
 // gradients.
@@ -32,13 +32,14 @@ struct SumsOut {
 };
 
 // From the tile's pair of the thread's column to table and gradients; `z_row` is the column's.
-template <class Precision>
-GUNN_DEVICE void publish_sums(Pool<Precision>& pool, const View<Precision>& view, const Share& share, int segment,
-                              int z_row, int first_column, Pair mine, const SumsOut<typename Precision::Wide>& out) {
+template <class Precision, class Tile>
+GUNN_DEVICE void publish_sums(Pool<Precision, Tile>& pool, const View<Precision>& view, const Share& share, int columns,
+                              int segment, int z_row, int first_column, Pair mine,
+                              const SumsOut<typename Precision::Wide>& out) {
   using Wide = typename Precision::Wide;
-  Pair sums = add_halves(pool, share, mine);
-  if (!climb<Sums>(pool, out.exchange, share, first_column, view.extents.pixels, &sums)) return;
-  if (share.half != 0 || !share.active) return;
+  Pair sums = add_parts(pool, share, columns, mine);
+  if (!climb<Sums>(pool, out.exchange, share, columns, first_column, view.extents.pixels, &sums)) return;
+  if (!share.leads()) return;
   const auto norm = out.gradients.at(first_column + share.column);
   if (!norm.real) return;
   const int64_t at = view.in_tables(segment, z_row);
@@ -61,22 +62,23 @@ __global__ void __launch_bounds__(kThreads, kResident<Precision>)
                   SumsOut<typename Precision::Wide> out) {
   using Wide = typename Precision::Wide;
   using Storage = typename Precision::Storage;
-  Pool<Precision>& pool = open_pool(view);
+  auto& pool = open_pool<Precision, SmallTile>(view);
   __syncthreads();
   const Extents& extents = view.extents;
   const int s = extents.s(), first_column = blockIdx.y * kColumns;
-  const Share share(min(extents.projects(unit) ? 2 * s : s, first_column + kColumns) - first_column);
+  const int columns = min(extents.projects(unit) ? 2 * s : s, first_column + kColumns) - first_column;
+  const Share share(columns, kThreads);
   const int column = first_column + share.column, j = column < s ? column : column - s;
   const bool from_g = unit == extents.units - 1;
   const int row = extents.z_row(column < s ? Norm::project : Norm::shortcut, unit) + j;
-  const int64_t z_step = extents.z_rows(), d_step = extents.d_rows(), first = pool.window.first;
+  const int64_t z_step = extents.z_rows(), d_step = extents.d_rows(), first = pool.window[0].first;
   const Storage* z = view.z_of(segment) + first * z_step + row;
   Storage* d = view.d_of(segment) + first * d_step + extents.d_row(Norm::project, unit) + j;
   const Wide* from = g + first * g_step + static_cast<int64_t>(segment) * extents.segment + j;
   Wide sum = 0, product = 0;
   if (share.active) {
     const Wide mean = view.tables.mean[view.in_tables(segment, row)];
-    for (int m = share.half; m < pool.window.count; m += 2) {
+    for (int m = share.part; m < pool.window[0].count; m += share.parts) {
       Storage gradient;
       if (from_g) {
         gradient = from_float<Storage>(j < extents.segment ? from[m * g_step] : 0);
@@ -89,17 +91,18 @@ __global__ void __launch_bounds__(kThreads, kResident<Precision>)
     }
   }
   if (out.exchange.partials == nullptr) return;
-  publish_sums(pool, view, share, segment, row, first_column, {static_cast<double>(sum), static_cast<double>(product)},
-               out);
+  publish_sums(pool, view, share, columns, segment, row, first_column,
+               {static_cast<double>(sum), static_cast<double>(product)}, out);
 }
 
 // The finished tile through the ReLU behind batch norm `norm`, into d; and its sums.
-template <class Precision>
-GUNN_DEVICE void write_gradients(Pool<Precision>& pool, const View<Precision>& view, int segment, int unit, Norm norm,
-                                 int first_column, int columns, const SumsOut<typename Precision::Wide>& out) {
+template <class Precision, class Tile>
+GUNN_DEVICE void write_gradients(Pool<Precision, Tile>& pool, const View<Precision>& view, int segment, int unit,
+                                 Norm norm, int first_column, int columns,
+                                 const SumsOut<typename Precision::Wide>& out) {
   using Wide = typename Precision::Wide;
   using Storage = typename Precision::Storage;
-  const Share share(columns);
+  const Share share(columns, Tile::kThreads);
   const Extents& extents = view.extents;
   const int column = first_column + share.column, z_row = extents.z_row(norm, unit) + column;
   const int64_t z_step = extents.z_rows(), d_step = extents.d_rows();
@@ -107,33 +110,33 @@ GUNN_DEVICE void write_gradients(Pool<Precision>& pool, const View<Precision>& v
   if (share.active) {
     const int64_t at = view.in_tables(segment, z_row);
     const Wide scale = view.tables.scale[at], shift = view.tables.shift[at], mean = view.tables.mean[at];
-    const Storage* z = view.z_of(segment) + pool.window.first * z_step + z_row;
-    Storage* d = view.d_of(segment) + pool.window.first * d_step + extents.d_row(norm, unit) + column;
-    for (int m = share.half; m < pool.window.count; m += 2) {
+    const Storage* z = view.z_of(segment) + pool.window[0].first * z_step + z_row;
+    Storage* d = view.d_of(segment) + pool.window[0].first * d_step + extents.d_row(norm, unit) + column;
+    for (int m = share.part; m < pool.window[0].count; m += share.parts) {
       const Wide pre_activation = to_float(z[m * z_step]);
       const bool stopped = pre_activation * scale + shift <= 0;
       const Storage gradient =
-          from_float<Storage>(stopped ? 0 : pool.tile.out[m * Pool<Precision>::kOutStride + share.column]);
+          from_float<Storage>(stopped ? 0 : pool.tile.out[m * Pool<Precision, Tile>::kOutStride + share.column]);
       d[m * d_step] = gradient;
       sum += to_float(gradient);
       product += to_float(gradient) * (pre_activation - mean);
     }
   }
   if (out.exchange.partials == nullptr) return;
-  publish_sums(pool, view, share, segment, z_row, first_column,
+  publish_sums(pool, view, share, columns, segment, z_row, first_column,
                {static_cast<double>(sum), static_cast<double>(product)}, out);
 }
 
-template <class Precision, class Source>
+template <class Precision, class Tile, class Source>
 GUNN_DEVICE void hidden_backward(const View<Precision>& view, int segment, int unit, Pack pack, Norm norm,
                                  const typename Precision::Element* packed,
                                  const SumsOut<typename Precision::Wide>& out) {
-  Pool<Precision>& pool = open_pool(view);
-  const int column = blockIdx.y * kColumns;
+  auto& pool = open_pool<Precision, Tile>(view);
   const PackShape shape = pack_shape(view.extents, pack, unit);
-  const PackedTile<Precision> weights(shape, packed, segment, column);
-  const Source source(view, pool.window, segment, unit);
-  Product<Precision> product;
+  const int step = column_step<Tile>(shape.rows), column = blockIdx.y * step;
+  const PackedRows<Precision> weights(shape, packed, segment, column, step);
+  const Source source(view, segment, unit);
+  Product<Precision, Tile> product(weights.rows);
   multiply_pixels(pool, product, source, shape, weights);
   leave(pool, product);
   write_gradients(pool, view, segment, unit, norm, column, weights.rows, out);
@@ -144,49 +147,60 @@ __global__ void __launch_bounds__(kThreads, kResident<Precision>)
     project_backward(View<Precision> view, int segment, int unit, const typename Precision::Element* packed,
                      SumsOut<typename Precision::Wide> out) {
   using Source = GradientOfInput<Precision, Norm::project>;
-  hidden_backward<Precision, Source>(view, segment, unit, Pack::project_transposed, Norm::spatial, packed, out);
+  hidden_backward<Precision, SmallTile, Source>(view, segment, unit, Pack::project_transposed, Norm::spatial, packed,
+                                                out);
 }
 
-template <class Precision>
-__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+template <class Precision, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
     spatial_backward(View<Precision> view, int segment, int unit, const typename Precision::Element* packed,
                      SumsOut<typename Precision::Wide> out) {
   using Source = GradientOfInput<Precision, Norm::spatial, 9>;
-  hidden_backward<Precision, Source>(view, segment, unit, Pack::spatial_transposed, Norm::reduce, packed, out);
+  hidden_backward<Precision, Tile, Source>(view, segment, unit, Pack::spatial_transposed, Norm::reduce, packed, out);
 }
 
 // Unit 0 adds to g, whose segment is replaced where the layer does; a later unit leaves d3 of the one before.
-template <class Precision>
-__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+template <class Precision, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
     input_backward(View<Precision> view, typename Precision::Wide* g, int64_t g_step, int segment, int unit,
                    const typename Precision::Element* packed) {
   using Source = GradientOfInput<Precision, Norm::reduce>;
   using Wide = typename Precision::Wide;
   using Storage = typename Precision::Storage;
-  Pool<Precision>& pool = open_pool(view);
+  auto& pool = open_pool<Precision, Tile>(view);
   const Extents& extents = view.extents;
-  const int first = blockIdx.y * kColumns;
   const PackShape shape = pack_shape(extents, Pack::reduce_transposed, unit);
-  const PackedTile<Precision> weights(shape, packed, segment, first);
-  const Source source(view, pool.window, segment, unit);
-  Product<Precision> product;
+  const int step = column_step<Tile>(shape.rows), first = blockIdx.y * step;
+  const PackedRows<Precision> weights(shape, packed, segment, first, step);
+  const Source source(view, segment, unit);
+  Product<Precision, Tile> product(weights.rows);
   multiply_pixels(pool, product, source, shape, weights);
   leave(pool, product);
 
-  const int columns = weights.rows, total = columns * pool.window.count;
+  // Padding of g is nobody's.
+  constexpr int V = Vector<Wide>::kSize;
+  const int pieces = weights.rows / V, total = pieces * pool.window[0].count;
   const int64_t d_step = extents.d_rows();
-  for (int e = threadIdx.x; e < total; e += kThreads) {
-    const int m = e / columns, column = e % columns, channel = first + column;
-    const Wide value = pool.tile.out[m * Pool<Precision>::kOutStride + column];
-    const int64_t pixel = pool.window.first + m;
+  for (int e = threadIdx.x; e < total; e += Tile::kThreads) {
+    const int m = e / pieces, column = e % pieces * V, channel = first + column;
+    const Vector<Wide> sums = load_vector(pool.tile.out + m * Pool<Precision, Tile>::kOutStride + column);
+    const int64_t pixel = pool.window[0].first + m;
     if (unit == 0) {
       Wide* to = g + pixel * g_step + channel;
-      const bool replaced = !extents.residual && channel / extents.segment == segment;
-      if (channel < extents.channels) *to = replaced ? value : *to + value;
+      Vector<Wide> values = load_vector(to);
+      GUNN_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const bool replaced = !extents.residual && (channel + v) / extents.segment == segment;
+        values.values[v] = replaced ? sums.values[v] : values.values[v] + sums.values[v];
+      }
+      store_vector(to, values);
     } else {
       Storage* d = view.d_of(segment) + pixel * d_step + channel;
-      const Wide own = to_float(d[extents.d_row(Norm::project, unit)]);
-      d[extents.d_row(Norm::project, unit - 1)] = from_float<Storage>(own + value);
+      GUNN_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const Wide own = to_float(d[extents.d_row(Norm::project, unit) + v]);
+        d[extents.d_row(Norm::project, unit - 1) + v] = from_float<Storage>(own + sums.values[v]);
+      }
     }
   }
 }
@@ -205,13 +219,12 @@ __host__ GUNN_DEVICE GradientShape gradient_shape(const Extents& extents, Which 
   return {extents.s(), extents.k()};
 }
 
-// Owns:      block (tile of weight rows x tile of weight columns, range of pixels, segment).
-// Barriers:  three a chunk of pixels: the window moves with it.
+// Owns:      block (tile of inputs x tile of weight rows, range of pixels, segment).
 // Leaves:    partial sums of its range; sum_partials adds the ranges in order.
 // Rows:      computed from d and z, or `ready` in memory (view.cuh).
 // Costs:     2*pixels*rows*width FLOPs; reads rows + width values a pixel once for each tile of the other.
-template <class Precision, Which which, bool first_unit, bool ready>
-__global__ void __launch_bounds__(kThreads, kResident<Precision>)
+template <class Precision, class Tile, Which which, bool first_unit, bool ready>
+__global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
     weight_gradient(View<Precision> view, int first_segment, int unit, int64_t range,
                     typename Precision::Wide* partials) {
   constexpr Norm kNorm = which == Which::reduce    ? Norm::reduce
@@ -221,38 +234,23 @@ __global__ void __launch_bounds__(kThreads, kResident<Precision>)
   using Inputs =
       std::conditional_t<which == Which::reduce, std::conditional_t<first_unit, State<Precision>, UnitInput<Precision>>,
                          Activated<Precision, which == Which::spatial ? 9 : 1>>;
-  GUNN_DYNAMIC_SHARED(Pool<Precision>, shared);
-  Pool<Precision>& pool = *shared;
+  using Of = Pool<Precision, Tile>;
+  GUNN_DYNAMIC_SHARED(Of, pool);
   const Extents& extents = view.extents;
   const int i = first_segment + blockIdx.z;
   const GradientShape shape = gradient_shape(extents, which, unit);
-  const int across = (shape.width + kColumns - 1) / kColumns;
-  const int row = blockIdx.x / across * kRows, column = blockIdx.x % across * kColumns;
+  const int step = column_step<Tile>(shape.rows), across = column_tiles<Tile>(shape.rows);
+  const int input = blockIdx.x / across * Tile::kRows, row = blockIdx.x % across * step;
   const int64_t begin = blockIdx.y * range, end = min(begin + range, extents.pixels);
-  const Rows rows(view, pool.window, i, unit);
-  const Inputs inputs(view, pool.window, i, unit);
-  const int mine = channel_of_thread<Precision>();
-  const bool in_rows = row + mine < shape.rows, in_columns = column + mine < shape.width;
-  typename Rows::Column row_column{};
-  typename Inputs::Column input_column{};
-  if (in_rows) row_column = rows.column(row + mine);
-  if (in_columns) input_column = inputs.column(column + mine);
-  Product<Precision> product;
-  for (int64_t first = begin; first < end; first += Pool<Precision>::kDepth) {
-    __syncthreads();  // the chunk before has been multiplied, its window is free
-    set_window(pool.window, extents, first, min(first + Pool<Precision>::kDepth, end));
-    __syncthreads();
-    stage_channels<Precision>(pool.tile.operands.a, rows, row_column, in_rows, pool.window.count);
-    stage_channels<Precision>(pool.tile.operands.b, inputs, input_column, in_columns, pool.window.count);
-    __syncthreads();
-    product.template multiply<Layout::by_depth>(pool.tile.operands, min(shape.width - column, kColumns));
-  }
+  const Rows rows(view, i, unit);
+  const Inputs inputs(view, i, unit);
+  const int count = min(shape.rows - row, step);
+  Product<Precision, Tile> product(count);
+  multiply_channels(*pool, product, extents, inputs, input, shape.width, rows, row, row + count, begin, end);
   typename Precision::Wide* to = partials + (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) *
                                                 static_cast<int64_t>(shape.rows) * shape.width;
   product.visit([&](int m, int n, typename Precision::Wide value) {
-    if (row + m < shape.rows && column + n < shape.width) {
-      to[static_cast<int64_t>(row + m) * shape.width + column + n] = value;
-    }
+    if (input + m < shape.width && n < count) to[static_cast<int64_t>(row + n) * shape.width + input + m] = value;
   });
 }
 

@@ -40,7 +40,7 @@ struct Drivers {
     return sizes;
   }
   static DriverNames drivers(const LayerShape& shape, const Options& options, bool keep) {
-    DriverNames names{"staged", "staged"};
+    DriverNames names{"staged", "staged", StagedBackward<Precision>::large_kernels(shape, options, keep)};
     if constexpr (kPersistent) {
       if (persistent_wanted(options)) {
         if (PersistentForward<Precision>(shape, options).takes()) names.forward = "persistent";

@@ -1,4 +1,4 @@
-// Statistics over all pixels from tiles of 64: a tree of fan-in 32, climbed by whichever block comes last.
+// Statistics over all pixels from tiles of them: a tree of fan-in 32, climbed by whichever block comes last.
 //
 // Owns:      entry e of level 0 is tile e's; of 32 neighbours the last block to arrive combines them, in order, into
 // one
@@ -61,35 +61,43 @@ struct Sums {
   GUNN_DEVICE Pair pair() const { return {a, b}; }
 };
 
-// The thread's column of the tile (two threads have the same, one for even rows and one for odd) and what it is of.
+// The thread's column of the tile. Threads that are left share it: each takes every `parts`-th of what there is.
 struct Share {
-  int column, half;
-  bool active;  // the column exists
+  int column, part, parts;
+  bool active;  // the column exists, and the thread has a part
 
-  GUNN_DEVICE explicit Share(int columns)
-      : column(threadIdx.x % kColumns), half(threadIdx.x / kColumns), active(column < columns) {}
+  GUNN_DEVICE Share(int columns, int threads) : parts(max(threads / columns, 1)) {
+    column = threadIdx.x % columns, part = threadIdx.x / columns;
+    active = part < parts;
+  }
+  // The one that speaks for its column.
+  GUNN_DEVICE bool leads() const { return part == 0; }
 };
 
-// Adds what the two threads of a column have; both get the sum.
-template <class Precision>
-GUNN_DEVICE Pair add_halves(Pool<Precision>& pool, const Share& share, Pair mine) {
-  pool.halves[share.half * kColumns + share.column] = mine;
+// Adds what the threads of a column have, in order; those that lead, or all, get the sum.
+template <class Pool>
+GUNN_DEVICE Pair add_parts(Pool& pool, const Share& share, int columns, Pair mine) {
+  pool.parts[threadIdx.x] = mine;
   __syncthreads();
-  const Pair a = pool.halves[share.column], b = pool.halves[kColumns + share.column];
+  Pair sum{0, 0};
+  for (int part = 0; part < share.parts; ++part) {
+    const Pair each = pool.parts[part * columns + share.column];
+    sum.a += each.a, sum.b += each.b;
+  }
   __syncthreads();
-  return {a.a + b.a, a.b + b.b};
+  return sum;
 }
 
 // `value` is the tile's own pair of the thread's column. True in the one block that has that of all tiles, in `value`
-// of the threads of half 0. `first_column` is the tile's among all columns, `pixels` those of all tiles.
-template <class Kind, class Precision>
-GUNN_DEVICE bool climb(Pool<Precision>& pool, const Exchange& exchange, const Share& share, int first_column,
-                       int64_t pixels, Pair* value) {
+// of the threads that lead. `first_column` is the tile's among all columns, `pixels` those of all tiles.
+template <class Kind, class Precision, class Tile>
+GUNN_DEVICE bool climb(Pool<Precision, Tile>& pool, const Exchange& exchange, const Share& share, int columns,
+                       int first_column, int64_t pixels, Pair* value) {
   Pair* level = exchange.partials + first_column + share.column;
   unsigned* counters = exchange.counters + blockIdx.y * exchange.groups;
-  int64_t entries = exchange.tiles, entry = blockIdx.x, size = kRows;
+  int64_t entries = exchange.tiles, entry = blockIdx.x, size = Tile::kRows;
   while (entries > 1) {
-    if (share.active && share.half == 0) level[entry * exchange.columns] = *value;
+    if (share.leads()) level[entry * exchange.columns] = *value;
     const int64_t group = entry / kFan, first = group * kFan;
     const int members = static_cast<int>(min(entries - first, static_cast<int64_t>(kFan)));
     __syncthreads();
@@ -103,17 +111,20 @@ GUNN_DEVICE bool climb(Pool<Precision>& pool, const Exchange& exchange, const Sh
     const auto values_of = [&](int64_t e) { return static_cast<double>(min(size, pixels - e * size)); };
     Kind kind;
     if (share.active) {
-      for (int64_t e = first + share.half; e < first + members; e += 2) {
+      for (int64_t e = first + share.part; e < first + members; e += share.parts) {
         kind.merge(level[e * exchange.columns], values_of(e));
       }
     }
-    // The odd half's count is told by the entries it had.
-    pool.halves[share.half * kColumns + share.column] = kind.pair();
+    pool.parts[threadIdx.x] = kind.pair();
     __syncthreads();
-    double others = 0;
-    for (int64_t e = first + 1 - share.half; e < first + members; e += 2) others += values_of(e);
-    const Pair other = pool.halves[(1 - share.half) * kColumns + share.column];
-    kind.merge(other, others);
+    // The others' counts are told by the entries they had.
+    if (share.leads()) {
+      for (int part = 1; part < share.parts; ++part) {
+        double others = 0;
+        for (int64_t e = first + part; e < first + members; e += share.parts) others += values_of(e);
+        kind.merge(pool.parts[part * columns + share.column], others);
+      }
+    }
     *value = kind.pair();
     __syncthreads();
     level += entries * exchange.columns;

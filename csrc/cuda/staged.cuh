@@ -12,9 +12,14 @@
 //
 // A block's pre-activations and gradients cost about as much memory as x (kLeastBudget where x is small), whatever P
 // is. Weights are packed once a pass. A state that is not pixel-major, in eights of channels, is copied into that form.
+//
+// Which tile a product takes is a function of sizes and dtype: TileChoice.
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -23,6 +28,31 @@
 #include "cuda/state.cuh"
 
 namespace gunn {
+
+// Large tiles serve 16-bit products of more columns than a small one has, where they occupy most of a large GPU's
+// multiprocessors. GUNN_CUDA_TILE, where it is set, has the last word.
+template <class Precision>
+class TileChoice {
+ public:
+  static constexpr bool kLarge = sizeof(typename Precision::Storage) == 2;  // there are any
+
+  TileChoice() {
+    const char* wanted = std::getenv("GUNN_CUDA_TILE");
+    if (wanted == nullptr || *wanted == '\0') return;
+    always_ = std::strcmp(wanted, "large") == 0, never_ = std::strcmp(wanted, "small") == 0;
+    require(always_ || never_, "GUNN_CUDA_TILE=", wanted,
+            ": unknown tile; expected small or large, or nothing for a choice by size.");
+  }
+  bool large(int64_t columns, int64_t tiles) const {
+    if (!kLarge || never_) return false;
+    return always_ || (columns > kColumns && tiles >= kEnough);
+  }
+
+  static constexpr int64_t kEnough = 99;  // of 132 multiprocessors
+
+ private:
+  bool always_ = false, never_ = false;
+};
 
 // What both passes hold: geometry, launches, tables, the exchange, packed weights.
 template <class Precision>
@@ -35,11 +65,8 @@ class StagedPass {
 
   StagedPass(const LayerShape& shape, const Options& options)
       : shape_(shape), options_(options), launcher_(shape, options) {
-    static_assert(sizeof(Pool<Precision>) <= 48 * 1024, "more shared memory has to be asked for");
     view_.extents = extents_of(shape);
     view_.batch_statistics = options.batch_statistics;
-    exchange_.tiles = tiles();
-    exchange_.groups = Exchange::count_groups(tiles());
   }
 
   // Tables, packed weights, and the exchange's memory for stages of at most `columns` columns.
@@ -50,8 +77,10 @@ class StagedPass {
                         &view_.tables.a, &view_.tables.b, &view_.tables.c}) {
       *each = arena.take<Wide>(table);
     }
-    counters_ = exchange_.groups * tiles_of(columns);
-    exchange_.partials = arena.take<Pair>(std::max<int64_t>(1, Exchange::count_entries(tiles())) * columns);
+    // Large tiles need less.
+    const int64_t tiles = pixel_tiles<SmallTile>();
+    counters_ = Exchange::count_groups(tiles) * tiles_of(columns);
+    exchange_.partials = arena.take<Pair>(std::max<int64_t>(1, Exchange::count_entries(tiles)) * columns);
     exchange_.counters = arena.take<unsigned>(counters_);
     packs_ = packs;
     packed_.clear();
@@ -68,27 +97,48 @@ class StagedPass {
   }
   int64_t pixel_step() const { return padded(view_.extents.channels); }
 
-  int64_t tiles() const { return (view_.extents.pixels + kRows - 1) / kRows; }
-  static int64_t tiles_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+  template <class Tile>
+  int64_t pixel_tiles() const {
+    return (view_.extents.pixels + Tile::kRows - 1) / Tile::kRows;
+  }
+  static int64_t tiles_of(int64_t columns) { return column_tiles<SmallTile>(static_cast<int>(columns)); }
 
-  Exchange exchange(int64_t columns) const {
-    Exchange exchange = exchange_;
-    exchange.columns = static_cast<int>(columns);
+  // Calls work(tile) with the tile that serves a product of pixels.
+  template <class Work>
+  void with_tile(int columns, const Work& work) const {
+    if constexpr (TileChoice<Precision>::kLarge) {
+      if (takes_large(columns)) return work(LargeTile());
+    }
+    work(SmallTile());
+  }
+  bool takes_large(int columns) const {
+    return choice_.large(columns, pixel_tiles<LargeTile>() * column_tiles<LargeTile>(columns));
+  }
+
+  // The tree of a stage: `wanted` says whether there is one.
+  template <class Tile>
+  Exchange exchange(const Exchange& wanted, int columns) const {
+    Exchange exchange = wanted;
+    exchange.tiles = pixel_tiles<Tile>(), exchange.groups = Exchange::count_groups(exchange.tiles);
+    exchange.columns = columns;
     return exchange;
   }
 
   // Pixels x columns x segments in tiles.
-  Launch by_tile(const char* name, int64_t columns, int64_t segments = 1, bool pool = true) const {
-    const dim3 grid(static_cast<unsigned>(tiles()), static_cast<unsigned>(tiles_of(columns)),
+  template <class Tile>
+  Launch by_tile(const char* name, int columns, int64_t segments = 1, bool pool = true) const {
+    const dim3 grid(static_cast<unsigned>(pixel_tiles<Tile>()), static_cast<unsigned>(column_tiles<Tile>(columns)),
                     static_cast<unsigned>(segments));
-    return {name, grid, dim3(kThreads), pool ? sizeof(Pool<Precision>) : 0, launcher_.stream, &shape_};
+    const size_t shared = pool ? sizeof(Pool<Precision, Tile>) : 0;
+    return {name, grid, dim3(Tile::kThreads), shared, launcher_.stream, &shape_};
   }
 
   template <class From, class To>
   void copy(const FeatureMap<From>& from, const FeatureMap<To>& to, int64_t channels) const {
     const FeatureMap<const From> source{from.data, from.batch, from.channel, from.row, from.column};
-    launch(by_tile("copy_map", channels, 1, false), copy_map<std::remove_const_t<From>, To>, view_.extents,
-           FeatureMap<const std::remove_const_t<From>>(source), to, static_cast<int>(channels));
+    launch(by_tile<SmallTile>("copy_map", static_cast<int>(channels), 1, false),
+           copy_map<std::remove_const_t<From>, To>, view_.extents, FeatureMap<const std::remove_const_t<From>>(source),
+           to, static_cast<int>(channels));
   }
 
   Element* packed(Pack pack, int64_t m) const {
@@ -127,24 +177,41 @@ class StagedPass {
   }
 
   // Pre-activations of one stage in segments [first, first + count).
-  void launch_reduce(int64_t first, int64_t count, int64_t m, const StatisticsOut<Wide>& out) const {
-    const auto kernel = m == 0 ? reduce<Precision, State<Precision>> : reduce<Precision, UnitInput<Precision>>;
-    launch(by_tile("reduce", view_.extents.reduce_columns(static_cast<int>(m)), count), kernel, view_,
-           static_cast<int>(first), static_cast<int>(m), packed(Pack::reduce, m), out);
+  void launch_reduce(int64_t first, int64_t count, int64_t m, StatisticsOut<Wide> out) const {
+    const int columns = view_.extents.reduce_columns(static_cast<int>(m));
+    if (m > 0) {
+      return launch_forward<SmallTile>("reduce", reduce<Precision, SmallTile, UnitInput<Precision>>, columns, first,
+                                       count, m, Pack::reduce, out);
+    }
+    with_tile(columns, [&](auto tile) {
+      using Tile = decltype(tile);
+      launch_forward<Tile>("reduce", reduce<Precision, Tile, State<Precision>>, columns, first, count, m, Pack::reduce,
+                           out);
+    });
   }
-  void launch_spatial(int64_t first, int64_t count, int64_t m, const StatisticsOut<Wide>& out) const {
-    launch(by_tile("spatial", view_.extents.k(), count), spatial<Precision>, view_, static_cast<int>(first),
-           static_cast<int>(m), packed(Pack::spatial, m), out);
+  void launch_spatial(int64_t first, int64_t count, int64_t m, StatisticsOut<Wide> out) const {
+    const int columns = view_.extents.k();
+    with_tile(columns, [&](auto tile) {
+      using Tile = decltype(tile);
+      launch_forward<Tile>("spatial", spatial<Precision, Tile>, columns, first, count, m, Pack::spatial, out);
+    });
   }
-  void launch_project(int64_t first, int64_t count, int64_t m, const StatisticsOut<Wide>& out) const {
-    launch(by_tile("project", view_.extents.s(), count), project<Precision>, view_, static_cast<int>(first),
-           static_cast<int>(m), packed(Pack::project, m), out);
+  void launch_project(int64_t first, int64_t count, int64_t m, StatisticsOut<Wide> out) const {
+    launch_forward<SmallTile>("project", project<Precision>, view_.extents.s(), first, count, m, Pack::project, out);
+  }
+  template <class Tile, class Kernel>
+  void launch_forward(const char* name, Kernel kernel, int columns, int64_t first, int64_t count, int64_t m, Pack pack,
+                      StatisticsOut<Wide> out) const {
+    out.exchange = exchange<Tile>(out.exchange, columns);
+    launch(by_tile<Tile>(name, columns, count), kernel, view_, static_cast<int>(first), static_cast<int>(m),
+           packed(pack, m), out);
   }
 
   const LayerShape& shape_;
   const Options& options_;
   const Launcher launcher_;
   View<Precision> view_{};
+  const TileChoice<Precision> choice_;
   Exchange exchange_{};
   int64_t counters_ = 0;
   std::vector<Pack> packs_;
@@ -229,10 +296,10 @@ class StagedForward : StagedPass<Precision> {
     if (x_copy_) this->copy(tensors_.x, pixel_major(x_copy_, this->shape_, this->pixel_step()), this->pixel_step());
   }
 
-  StatisticsOut<Wide> statistics(int64_t i, int64_t m, Norm norm, int64_t columns) const {
+  StatisticsOut<Wide> statistics(int64_t i, int64_t m, Norm norm) const {
     StatisticsOut<Wide> out{};
     if (!this->options_.batch_statistics) return out;
-    out.exchange = this->exchange(columns);
+    out.exchange = this->exchange_;
     out.norms = this->stage_norms(&tensors_.units[m], i, m, norm);
     // The project's shortcut was the reduce stage's.
     out.mean = tensors_.statistics + i * this->shape_.rows();
@@ -242,23 +309,22 @@ class StagedForward : StagedPass<Precision> {
   }
   void reduce_stage(int64_t i, int64_t m) {
     use_slot_of(i);
-    const int columns = this->view_.extents.reduce_columns(static_cast<int>(m));
-    this->launch_reduce(i, 1, m, statistics(i, m, Norm::reduce, columns));
+    this->launch_reduce(i, 1, m, statistics(i, m, Norm::reduce));
   }
   void spatial_stage(int64_t i, int64_t m) {
     use_slot_of(i);
-    this->launch_spatial(i, 1, m, statistics(i, m, Norm::spatial, this->view_.extents.k()));
+    this->launch_spatial(i, 1, m, statistics(i, m, Norm::spatial));
   }
   void project_stage(int64_t i, int64_t m) {
     use_slot_of(i);
-    this->launch_project(i, 1, m, statistics(i, m, Norm::project, this->view_.extents.s()));
+    this->launch_project(i, 1, m, statistics(i, m, Norm::project));
   }
   void write_back_stage(int64_t i) {
     use_slot_of(i);
     Storage* y = y_copy_ ? y_copy_ : tensors_.y.data;
     const FeatureMap<Storage> to = y_copy_ ? tensors_.y : FeatureMap<Storage>{};
-    launch(this->by_tile("write_back", this->shape_.segment(), 1, false), write_back<Precision>, this->view_, y, to,
-           static_cast<int>(i));
+    launch(this->template by_tile<SmallTile>("write_back", this->view_.extents.segment, 1, false),
+           write_back<Precision>, this->view_, y, to, static_cast<int>(i));
   }
 
   Tensors tensors_{};
@@ -294,6 +360,26 @@ class StagedBackward : protected StagedPass<Precision> {
     pass.g_in_place_ = std::is_same_v<Storage, Wide> && options.need_input && options.pixel_major;
     pass.take(arena, kept ? &pretend : nullptr, options.pixel_major, options.pixel_major, pass.own_chain());
     return arena.bytes();
+  }
+
+  // Those of both passes in a layer's first unit that take large tiles.
+  static std::string large_kernels(const LayerShape& shape, const Options& options, bool kept) {
+    StagedBackward pass(shape, options);
+    Arena arena(nullptr);
+    Storage pretend;
+    pass.take(arena, kept ? &pretend : nullptr, options.pixel_major, options.pixel_major, pass.own_chain());
+    const Extents& e = pass.view_.extents;
+    std::string names;
+    const auto add = [&](const char* name, bool large) {
+      if (large) names += (names.empty() ? "" : ", ") + std::string(name);
+    };
+    add("reduce", pass.takes_large(e.reduce_columns(0)));
+    add("spatial", pass.takes_large(e.k()));
+    add("spatial_backward", pass.takes_large(e.k()));
+    add("input_backward", pass.takes_large(padded(e.channels)));
+    add("weight_gradient of reduce", pass.large_weights(Which::reduce, 0));
+    add("weight_gradient of spatial", pass.large_weights(Which::spatial, 0));
+    return names;
   }
 
   void run() {
@@ -346,6 +432,7 @@ class StagedBackward : protected StagedPass<Precision> {
 
   static constexpr int64_t kLeastBudget = int64_t{32} << 20;  // bytes
   static constexpr int64_t kLeastRange = 1024;                // pixels of one partial sum of weights
+  static constexpr int64_t kLeastLargeRange = 512;            // the same in large tiles, of which there are fewer
   static constexpr int64_t kMostRanges = 64;
   static constexpr int64_t kMostPartials = int64_t{4} << 20;  // elements, of one segment
 
@@ -378,15 +465,35 @@ class StagedBackward : protected StagedPass<Precision> {
     for (int m = 0; m < e.units; ++m) {
       for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
         const GradientShape size = gradient_shape(e, which, m);
-        elements = std::max(elements, ranges(size) * size.rows * size.width);
+        elements = std::max(elements, ranges(which, m) * size.rows * size.width);
       }
     }
     partials_ = arena.take<Wide>(block_ * elements);
   }
 
-  int64_t ranges(const GradientShape& shape) const {
-    const int64_t wanted = std::min((this->view_.extents.pixels + kLeastRange - 1) / kLeastRange, kMostRanges);
-    return std::max<int64_t>(1, std::min(wanted, kMostPartials / (static_cast<int64_t>(shape.rows) * shape.width)));
+  // How a unit's weight gradients are computed: the product's tiles, and the ranges that pixels are split over. Large
+  // tiles have as many as fill a large GPU twice with the usual block of segments.
+  int64_t large_ranges(const GradientShape& size) const {
+    const int64_t wanted = 2 * 132 / (gradient_tiles<LargeTile>(size) * usual_block_) + 1;
+    return most_ranges(size, std::min(wanted, (this->view_.extents.pixels + kLeastLargeRange - 1) / kLeastLargeRange));
+  }
+  bool large_weights(Which which, int m) const {
+    if (which == Which::project || (which == Which::reduce && m > 0)) return false;
+    const GradientShape size = gradient_shape(this->view_.extents, which, m);
+    return this->choice_.large(size.rows, large_ranges(size) * gradient_tiles<LargeTile>(size) * usual_block_);
+  }
+  int64_t ranges(Which which, int m) const {
+    const GradientShape size = gradient_shape(this->view_.extents, which, m);
+    if (large_weights(which, m)) return large_ranges(size);
+    return most_ranges(size, (this->view_.extents.pixels + kLeastRange - 1) / kLeastRange);
+  }
+  static int64_t most_ranges(const GradientShape& size, int64_t wanted) {
+    const int64_t room = kMostPartials / (static_cast<int64_t>(size.rows) * size.width);
+    return std::max<int64_t>(1, std::min({wanted, kMostRanges, room}));
+  }
+  template <class Tile>
+  static int64_t gradient_tiles(const GradientShape& size) {
+    return static_cast<int64_t>((size.width + Tile::kRows - 1) / Tile::kRows) * column_tiles<Tile>(size.rows);
   }
 
   FeatureMap<Wide> g_map() const { return pixel_major(g_, this->shape_, this->pixel_step()); }
@@ -428,10 +535,11 @@ class StagedBackward : protected StagedPass<Precision> {
     }
   }
 
-  SumsOut<Wide> sums(int64_t i, int64_t m, Norm norm, int64_t columns) const {
+  template <class Tile>
+  SumsOut<Wide> sums(int64_t i, int64_t m, Norm norm, int columns) const {
     SumsOut<Wide> out{};
     if (!this->options_.batch_statistics && !this->options_.need_parameters) return out;
-    out.exchange = this->exchange(columns);
+    out.exchange = this->template exchange<Tile>(this->exchange_, columns);
     out.need_gradients = this->options_.need_parameters;
     out.gradients = this->template stage_norms<Wide*>(out.need_gradients ? &tensors_.grads[m] : nullptr, i, m, norm);
     out.batch_statistics = this->options_.batch_statistics;
@@ -444,26 +552,34 @@ class StagedBackward : protected StagedPass<Precision> {
   }
   void project_sums(int64_t i, int64_t m) const {
     const Extents& e = this->view_.extents;
-    const int64_t columns = e.s() * (e.projects(static_cast<int>(m)) ? 2 : 1);
-    launch(this->by_tile("unit_gradient", columns), unit_gradient<Precision>, this->view_, g_, this->pixel_step(),
-           static_cast<int>(i), static_cast<int>(m), sums(i, m, Norm::project, columns));
+    const int columns = e.s() * (e.projects(static_cast<int>(m)) ? 2 : 1);
+    launch(this->template by_tile<SmallTile>("unit_gradient", columns), unit_gradient<Precision>, this->view_, g_,
+           this->pixel_step(), static_cast<int>(i), static_cast<int>(m), sums<SmallTile>(i, m, Norm::project, columns));
   }
   void spatial_sums(int64_t i, int64_t m) const {
     const int k = this->view_.extents.k();
-    launch(this->by_tile("project_backward", k), project_backward<Precision>, this->view_, static_cast<int>(i),
-           static_cast<int>(m), this->packed(Pack::project_transposed, m), sums(i, m, Norm::spatial, k));
+    launch(this->template by_tile<SmallTile>("project_backward", k), project_backward<Precision>, this->view_,
+           static_cast<int>(i), static_cast<int>(m), this->packed(Pack::project_transposed, m),
+           sums<SmallTile>(i, m, Norm::spatial, k));
   }
   // The shortcut's sums came with the project's.
   void reduce_sums(int64_t i, int64_t m) const {
     const int k = this->view_.extents.k();
-    launch(this->by_tile("spatial_backward", k), spatial_backward<Precision>, this->view_, static_cast<int>(i),
-           static_cast<int>(m), this->packed(Pack::spatial_transposed, m), sums(i, m, Norm::reduce, k));
+    this->with_tile(k, [&](auto tile) {
+      using Tile = decltype(tile);
+      launch(this->template by_tile<Tile>("spatial_backward", k), spatial_backward<Precision, Tile>, this->view_,
+             static_cast<int>(i), static_cast<int>(m), this->packed(Pack::spatial_transposed, m),
+             sums<Tile>(i, m, Norm::reduce, k));
+    });
   }
   void input(int64_t i, int64_t m) const {
     if (i == 0 && m == 0 && !this->options_.need_input) return;  // nobody will read it
-    launch(this->by_tile("input_backward", padded(this->view_.extents.inputs(static_cast<int>(m)))),
-           input_backward<Precision>, this->view_, g_, this->pixel_step(), static_cast<int>(i), static_cast<int>(m),
-           this->packed(Pack::reduce_transposed, m));
+    const int columns = padded(this->view_.extents.inputs(static_cast<int>(m)));
+    this->with_tile(columns, [&](auto tile) {
+      using Tile = decltype(tile);
+      launch(this->template by_tile<Tile>("input_backward", columns), input_backward<Precision, Tile>, this->view_, g_,
+             this->pixel_step(), static_cast<int>(i), static_cast<int>(m), this->packed(Pack::reduce_transposed, m));
+    });
   }
 
   // Where the gradients of a unit's weights go.
@@ -488,19 +604,25 @@ class StagedBackward : protected StagedPass<Precision> {
   }
   template <Which which, bool first_unit>
   void launch_weights(int64_t first, int64_t count, int64_t m) const {
-    const GradientShape size = gradient_shape(this->view_.extents, which, static_cast<int>(m));
-    const int64_t parts = ranges(size), pixels = this->view_.extents.pixels;
+    if constexpr (TileChoice<Precision>::kLarge && first_unit && which != Which::project) {
+      if (large_weights(which, static_cast<int>(m))) return launch_weights<LargeTile, which, true>(first, count, m);
+    }
+    launch_weights<SmallTile, which, first_unit>(first, count, m);
+  }
+  template <class Tile, Which which, bool first_unit>
+  void launch_weights(int64_t first, int64_t count, int64_t m) const {
+    const int64_t parts = ranges(which, static_cast<int>(m)), pixels = this->view_.extents.pixels;
     constexpr int64_t kDepth = Pool<Precision>::kDepth;
     const int64_t range = round_up((pixels + parts - 1) / parts, kDepth), used = (pixels + range - 1) / range;
-    const dim3 grid(static_cast<unsigned>(this->tiles_of(size.rows) * this->tiles_of(size.width)),
-                    static_cast<unsigned>(used), static_cast<unsigned>(count));
-    auto kernel = weight_gradient<Precision, which, first_unit, false>;
+    const int64_t tiles = gradient_tiles<Tile>(gradient_shape(this->view_.extents, which, static_cast<int>(m)));
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(used), static_cast<unsigned>(count));
+    auto kernel = weight_gradient<Precision, Tile, which, first_unit, false>;
     if constexpr (Precision::kTensorCores) {
-      if (ready_) kernel = weight_gradient<Precision, which, true, true>;
+      if (ready_) kernel = weight_gradient<Precision, Tile, which, true, true>;
     }
-    launch(
-        Launch{"weight_gradient", grid, dim3(kThreads), sizeof(Pool<Precision>), this->launcher_.stream, &this->shape_},
-        kernel, this->view_, static_cast<int>(first), static_cast<int>(m), range, partials_);
+    launch(Launch{"weight_gradient", grid, dim3(Tile::kThreads), sizeof(Pool<Precision, Tile>), this->launcher_.stream,
+                  &this->shape_},
+           kernel, this->view_, static_cast<int>(first), static_cast<int>(m), range, partials_);
     launch_sums(partials_, used, which, first, count, m);
   }
   void weights(int64_t first, int64_t count) const {

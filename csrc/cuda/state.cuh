@@ -39,9 +39,9 @@ template <class From, class To>
 __global__ void __launch_bounds__(kThreads)
     copy_map(Extents extents, FeatureMap<const From> from, FeatureMap<To> to, int channels) {
   constexpr int S = kColumns + 1;
-  GUNN_SHARED(PixelWindow, windows, [1]);
+  GUNN_SHARED(PixelWindow<kRows>, windows, [1]);
   GUNN_SHARED(To, tile, [kRows * S]);
-  PixelWindow& window = windows[0];
+  PixelWindow<kRows>& window = windows[0];
   set_window(window, extents, static_cast<int64_t>(blockIdx.x) * kRows, extents.pixels);
   __syncthreads();
   const int first = blockIdx.y * kColumns, columns = min(channels - first, kColumns), count = window.count;

@@ -95,14 +95,15 @@ struct View {
   }
 };
 
-// Sets the window to at most 64 pixels from `first` on, before `end`. Visible to others after a barrier.
-GUNN_DEVICE void set_window(PixelWindow& window, const Extents& extents, int64_t first, int64_t end) {
+// Sets the window to as many pixels as it takes from `first` on, before `end`. Visible to others after a barrier.
+template <int rows>
+GUNN_DEVICE void set_window(PixelWindow<rows>& window, const Extents& extents, int64_t first, int64_t end) {
   const int thread = threadIdx.x;
   if (thread == 0) {
     window.first = first;
-    window.count = static_cast<int>(min(end - first, static_cast<int64_t>(kRows)));
+    window.count = static_cast<int>(min(end - first, static_cast<int64_t>(rows)));
   }
-  if (thread < kRows) {
+  if (thread < rows) {
     const int64_t pixel = min(first + thread, end - 1), in_image = static_cast<int64_t>(extents.height) * extents.width;
     const int inside = static_cast<int>(pixel % in_image);
     window.image[thread] = static_cast<int>(pixel / in_image);
@@ -111,8 +112,8 @@ GUNN_DEVICE void set_window(PixelWindow& window, const Extents& extents, int64_t
   }
 }
 
-template <class Scalar>
-GUNN_DEVICE int64_t offset(const FeatureMap<Scalar>& map, const PixelWindow& window, int m) {
+template <class Scalar, int rows>
+GUNN_DEVICE int64_t offset(const FeatureMap<Scalar>& map, const PixelWindow<rows>& window, int m) {
   return window.image[m] * map.batch + window.row[m] * map.row + window.column[m] * map.column;
 }
 
@@ -144,17 +145,23 @@ GUNN_DEVICE typename Precision::Wide unit_output(const View<Precision>& view, in
 
 // ---- Sources of operands
 //
-// A Column is what is known of kVector neighbouring channels before any pixel is; `values` reads one pixel's. Channels
-// are padded like what they index; those of a 3x3 convolution are tap * padded channels + channel.
+// A Column is what is known of kVector neighbouring channels before any pixel is. `load` brings what lies in memory for
+// one pixel of a window, Loaded; `values` makes operands of it, so that something else may be done while it comes.
+// Channels are padded like what they index; those of a 3x3 convolution are tap * padded channels + channel.
 
 template <class Precision>
 using Values = typename Precision::Wide[Pool<Precision>::kVector];
+template <class Precision>
+using Stored = Vector<typename Precision::Storage>;
 
 template <class Precision>
-GUNN_DEVICE void read(const typename Precision::Storage* from, Values<Precision>& out) {
-  const auto vector = load_vector(from);
+GUNN_DEVICE void read(const Stored<Precision>& from, Values<Precision>& out) {
   GUNN_UNROLL
-  for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = to_float(vector.values[v]);
+  for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = to_float(from.values[v]);
+}
+template <class Precision>
+GUNN_DEVICE void read(const typename Precision::Storage* from, Values<Precision>& out) {
+  read<Precision>(load_vector(from), out);
 }
 template <class Precision>
 GUNN_DEVICE void read_table(const typename Precision::Wide* from, Values<Precision>& out) {
@@ -171,45 +178,54 @@ GUNN_DEVICE void read_table(const typename Precision::Wide* from, Values<Precisi
 template <class Precision>
 struct State {
   using Column = int;
+  using Loaded = Stored<Precision>;
   const View<Precision>& view;
-  const PixelWindow& window;
   int written;  // channels
 
-  GUNN_DEVICE State(const View<Precision>& view_, const PixelWindow& window_, int segment, int /*unit*/)
-      : view(view_), window(window_), written(segment * view_.extents.segment) {}
+  GUNN_DEVICE State(const View<Precision>& view_, int segment, int /*unit*/)
+      : view(view_), written(segment * view_.extents.segment) {}
   GUNN_DEVICE Column column(int channel) const { return channel; }
-  GUNN_DEVICE void values(int m, Column channel, Values<Precision>& out) const {
+  template <class Window>
+  GUNN_DEVICE Loaded load(const Window& window, int m, Column channel) const {
     constexpr int V = Pool<Precision>::kVector;
     const int64_t pixel = window.first + m;
     const auto* x = view.x + pixel * view.x_step + channel;
     const auto* y = view.y + pixel * view.y_step + channel;
     const bool all = channel + V <= written, none = channel >= written;
-    read<Precision>(all ? y : x, out);
-    if (all || none) return;
-    Values<Precision> before;
-    read<Precision>(y, before);
+    Loaded loaded = load_vector(all ? y : x);
+    if (all || none) return loaded;
+    const Loaded before = load_vector(y);
     GUNN_UNROLL
-    for (int v = 0; v < V; ++v) out[v] = channel + v < written ? before[v] : out[v];
+    for (int v = 0; v < V; ++v) {
+      if (channel + v < written) loaded.values[v] = before.values[v];
+    }
+    return loaded;
   }
+  GUNN_DEVICE void values(const Loaded& loaded, Column, Values<Precision>& out) const { read<Precision>(loaded, out); }
 };
 
-// The input of a unit after the first.
+// The input of a unit after the first; it has been rounded as if it were stored.
 template <class Precision>
 struct UnitInput {
   using Column = int;
+  using Loaded = Stored<Precision>;
   const View<Precision>& view;
-  const PixelWindow& window;
   int segment, unit;
 
-  GUNN_DEVICE UnitInput(const View<Precision>& view_, const PixelWindow& window_, int segment_, int unit_)
-      : view(view_), window(window_), segment(segment_), unit(unit_) {}
+  GUNN_DEVICE UnitInput(const View<Precision>& view_, int segment_, int unit_)
+      : view(view_), segment(segment_), unit(unit_) {}
   GUNN_DEVICE Column column(int channel) const { return channel; }
-  GUNN_DEVICE void values(int m, Column channel, Values<Precision>& out) const {
+  template <class Window>
+  GUNN_DEVICE Loaded load(const Window& window, int m, Column channel) const {
+    using Storage = typename Precision::Storage;
+    Loaded loaded;
     GUNN_UNROLL
     for (int v = 0; v < Pool<Precision>::kVector; ++v) {
-      out[v] = unit_output(view, segment, unit - 1, window.first + m, channel + v);
+      loaded.values[v] = from_float<Storage>(unit_output(view, segment, unit - 1, window.first + m, channel + v));
     }
+    return loaded;
   }
+  GUNN_DEVICE void values(const Loaded& loaded, Column, Values<Precision>& out) const { read<Precision>(loaded, out); }
 };
 
 // How a 3x3 convolution moves the pixel: a tap is the offset (tap / 3 - 1, tap % 3 - 1); -1 in `direction` takes the
@@ -226,7 +242,8 @@ struct Tap {
     down = direction * (tap / 3 - 1), right = direction * (tap % 3 - 1);
   }
   // The pixel it leads to from the window's; false outside the image.
-  GUNN_DEVICE bool lead(const Extents& extents, const PixelWindow& window, int m, int64_t* pixel) const {
+  template <class Window>
+  GUNN_DEVICE bool lead(const Extents& extents, const Window& window, int m, int64_t* pixel) const {
     *pixel = window.first + m;
     if (taps == 1) return true;
     const int row = window.row[m] + down, column = window.column[m] + right;
@@ -248,13 +265,15 @@ struct Activated {
     Tap<taps, 1> tap;
     Values<Precision> scale, shift;
   };
+  struct Loaded {
+    Stored<Precision> z;
+    bool inside = false;
+  };
   const View<Precision>& view;
-  const PixelWindow& window;
   const typename Precision::Storage* z;
   int64_t table;
 
-  GUNN_DEVICE Activated(const View<Precision>& view_, const PixelWindow& window_, int segment, int unit)
-      : view(view_), window(window_) {
+  GUNN_DEVICE Activated(const View<Precision>& view_, int segment, int unit) : view(view_) {
     const int row = view.extents.z_row(taps == 9 ? Norm::reduce : Norm::spatial, unit);
     z = view.z_of(segment) + row;
     table = view.in_tables(segment, row);
@@ -266,10 +285,17 @@ struct Activated {
     read_table<Precision>(view.tables.shift + table + column.tap.channel, column.shift);
     return column;
   }
-  GUNN_DEVICE void values(int m, const Column& column, Values<Precision>& out) const {
+  template <class Window>
+  GUNN_DEVICE Loaded load(const Window& window, int m, const Column& column) const {
     int64_t pixel;
-    if (!column.tap.lead(view.extents, window, m, &pixel)) return set_zero<Precision>(out);
-    read<Precision>(z + pixel * view.extents.z_rows() + column.tap.channel, out);
+    Loaded loaded;
+    loaded.inside = column.tap.lead(view.extents, window, m, &pixel);
+    if (loaded.inside) loaded.z = load_vector(z + pixel * view.extents.z_rows() + column.tap.channel);
+    return loaded;
+  }
+  GUNN_DEVICE void values(const Loaded& loaded, const Column& column, Values<Precision>& out) const {
+    if (!loaded.inside) return set_zero<Precision>(out);
+    read<Precision>(loaded.z, out);
     GUNN_UNROLL
     for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = relu(out[v] * column.scale[v] + column.shift[v]);
   }
@@ -283,14 +309,16 @@ struct GradientOfInput {
     int d_row;
     Values<Precision> mean, a, b, c;
   };
+  struct Loaded {
+    Stored<Precision> d, z;
+    bool inside = false;
+  };
   const View<Precision>& view;
-  const PixelWindow& window;
   const typename Precision::Storage *z, *d;
   int64_t table;
   int channels, to_shortcut;
 
-  GUNN_DEVICE GradientOfInput(const View<Precision>& view_, const PixelWindow& window_, int segment, int unit)
-      : view(view_), window(window_) {
+  GUNN_DEVICE GradientOfInput(const View<Precision>& view_, int segment, int unit) : view(view_) {
     const Extents& extents = view.extents;
     const int row = extents.z_row(norm, unit), d_row = extents.d_row(norm, unit);
     z = view.z_of(segment) + row;
@@ -312,17 +340,27 @@ struct GradientOfInput {
     read_table<Precision>(view.tables.c + at, column.c);
     return column;
   }
-  GUNN_DEVICE void values(int m, const Column& column, Values<Precision>& out) const {
+  template <class Window>
+  GUNN_DEVICE Loaded load(const Window& window, int m, const Column& column) const {
     int64_t pixel;
-    if (!column.tap.lead(view.extents, window, m, &pixel)) return set_zero<Precision>(out);
+    Loaded loaded;
+    loaded.inside = column.tap.lead(view.extents, window, m, &pixel);
+    if (!loaded.inside) return loaded;
+    loaded.d = load_vector(d + pixel * view.extents.d_rows() + column.d_row);
+    // Else z has no part in it, nor has a NaN there.
+    if (view.batch_statistics) loaded.z = load_vector(z + pixel * view.extents.z_rows() + column.tap.channel);
+    return loaded;
+  }
+  GUNN_DEVICE void values(const Loaded& loaded, const Column& column, Values<Precision>& out) const {
+    if (!loaded.inside) return set_zero<Precision>(out);
     Values<Precision> gradient;
-    read<Precision>(d + pixel * view.extents.d_rows() + column.d_row, gradient);
-    if (!view.batch_statistics) {  // z has no part in it, nor has a NaN there
+    read<Precision>(loaded.d, gradient);
+    if (!view.batch_statistics) {
       GUNN_UNROLL
       for (int v = 0; v < Pool<Precision>::kVector; ++v) out[v] = gradient[v] * column.a[v];
       return;
     }
-    read<Precision>(z + pixel * view.extents.z_rows() + column.tap.channel, out);
+    read<Precision>(loaded.z, out);
     GUNN_UNROLL
     for (int v = 0; v < Pool<Precision>::kVector; ++v) {
       out[v] = gradient[v] * column.a[v] + ((out[v] - column.mean[v]) * column.b[v] + column.c[v]);
@@ -334,18 +372,19 @@ struct GradientOfInput {
 template <class Precision, Norm norm>
 struct ReadyGradient {
   using Column = int;
-  const PixelWindow& window;
+  using Loaded = Stored<Precision>;
   const typename Precision::Storage* dz;
   int64_t step;
 
-  GUNN_DEVICE ReadyGradient(const View<Precision>& view, const PixelWindow& window_, int segment, int unit)
-      : window(window_), step(view.extents.z_rows()) {
+  GUNN_DEVICE ReadyGradient(const View<Precision>& view, int segment, int unit) : step(view.extents.z_rows()) {
     dz = view.d + (segment - view.first_segment) * view.extents.pixels * step + view.extents.z_row(norm, unit);
   }
   GUNN_DEVICE Column column(int channel) const { return channel; }
-  GUNN_DEVICE void values(int m, Column channel, Values<Precision>& out) const {
-    read<Precision>(dz + (window.first + m) * step + channel, out);
+  template <class Window>
+  GUNN_DEVICE Loaded load(const Window& window, int m, Column channel) const {
+    return load_vector(dz + (window.first + m) * step + channel);
   }
+  GUNN_DEVICE void values(const Loaded& loaded, Column, Values<Precision>& out) const { read<Precision>(loaded, out); }
 };
 
 // ---- Staging a chunk
@@ -358,50 +397,117 @@ GUNN_DEVICE void put(typename Precision::Element* to, const Values<Precision>& v
   store_vector(to, vector);
 }
 
-// by_row: pixels of the window are rows, channels [first, first + kDepth) are depth; zeros beyond either.
-template <class Precision, class Source>
-GUNN_DEVICE void stage_pixels(typename Precision::Element* to, const Source& source, int first, int channels,
-                              int count) {
-  using P = Pool<Precision>;
-  constexpr int kAcross = P::kDepth / P::kVector;
-  const int across = threadIdx.x % kAcross * P::kVector;
-  const bool inside = first + across < channels;
-  typename Source::Column column{};
-  if (inside) column = source.column(first + across);
-  GUNN_UNROLL
-  for (int j = 0; j < kRows * kAcross / kThreads; ++j) {
-    const int m = threadIdx.x / kAcross + j * (kThreads / kAcross);
-    Values<Precision> values;
-    if (inside && m < count) {
-      source.values(m, column, values);
-    } else {
-      set_zero<Precision>(values);
-    }
-    put<Precision>(to + m * P::kRowStride + across, values);
-  }
-}
+// by_row: pixels of the window are rows, channels [first, first + kDepth) are depth; zeros beyond either. What has been
+// loaded waits in registers until it is stored, two pixels a thread at once; all are loaded in kTurns turns.
+template <class Precision, class Tile, class Source>
+class StagedPixels {
+  using P = Pool<Precision, Tile>;
+  using Element = typename Precision::Element;
+  using Column = typename Source::Column;
+  using Loaded = typename Source::Loaded;
+  static constexpr int kPieces = P::kDepth / P::kVector, kStep = Tile::kThreads / kPieces;
+  static constexpr int kLoads = 2;
 
-// by_depth: 64 channels are rows (the thread's `column` of them, if `inside`), kDepth pixels of the window are depth.
-template <class Precision>
-GUNN_DEVICE int channel_of_thread() {
-  return threadIdx.x % (kRows / Pool<Precision>::kVector) * Pool<Precision>::kVector;
-}
-template <class Precision, class Source>
-GUNN_DEVICE void stage_channels(typename Precision::Element* to, const Source& source,
-                                const typename Source::Column& column, bool inside, int count) {
-  using P = Pool<Precision>;
-  constexpr int kAcross = kRows / P::kVector;
-  GUNN_UNROLL
-  for (int j = 0; j < P::kDepth * kAcross / kThreads; ++j) {
-    const int m = threadIdx.x / kAcross + j * (kThreads / kAcross);
+ public:
+  static constexpr int kTurns = Tile::kRows / (kLoads * kStep);
+
+  GUNN_DEVICE StagedPixels(const Source& source, int channels) : source_(source), channels_(channels) {}
+
+  GUNN_DEVICE void load(const PixelWindow<Tile::kRows>& window, int first, int turn = 0) {
+    channel_ = first + threadIdx.x % kPieces * P::kVector;
+    count_ = channel_ < channels_ ? window.count : 0;
+    if (count_ == 0) return;
+    const Column column = source_.column(channel_);
+    GUNN_UNROLL
+    for (int j = 0; j < kLoads; ++j) {
+      if (row(turn, j) < count_) loaded_[j] = source_.load(window, row(turn, j), column);
+    }
+  }
+  GUNN_DEVICE void store(Element* to, int turn = 0) const {
+    Column column{};
+    if (count_ > 0) column = source_.column(channel_);
+    GUNN_UNROLL
+    for (int j = 0; j < kLoads; ++j) {
+      Values<Precision> values;
+      if (row(turn, j) < count_) {
+        source_.values(loaded_[j], column, values);
+      } else {
+        set_zero<Precision>(values);
+      }
+      put<Precision>(to + row(turn, j) * P::kRowStride + threadIdx.x % kPieces * P::kVector, values);
+    }
+  }
+
+ private:
+  static GUNN_DEVICE int row(int turn, int j) { return threadIdx.x / kPieces + (kLoads * turn + j) * kStep; }
+
+  const Source& source_;
+  const int channels_;
+  int channel_ = 0, count_ = 0;
+  Loaded loaded_[kLoads];
+};
+
+// by_depth: `rows` channels from `first` on, before `end`, are rows; kDepth pixels of a window, from its pixel `offset`
+// on, are depth; zeros beyond either. `stage` loads and stores one pixel after another, in fewer registers.
+template <class Precision, class Tile, class Source, int rows>
+class StagedChannels {
+  using P = Pool<Precision, Tile>;
+  using Element = typename Precision::Element;
+  using Loaded = typename Source::Loaded;
+  static constexpr int kPieces = rows / P::kVector;
+  // Pieces of a pixel that are no power of two are a warp's, which has some lanes to spare.
+  static constexpr int kLanes = (kPieces & (kPieces - 1)) == 0 ? kPieces : 32;
+  static constexpr int kStep = Tile::kThreads / kLanes, kLoads = P::kDepth / kStep;
+  static_assert(kPieces <= kLanes, "a pixel is at most a warp's");
+
+ public:
+  GUNN_DEVICE StagedChannels(const Source& source, int first, int end) : source_(source) {
+    inside_ = lane() < kPieces && first + lane() * P::kVector < end;
+    if (inside_) column_ = source.column(first + lane() * P::kVector);
+  }
+  GUNN_DEVICE void load(const PixelWindow<Tile::kRows>& window, int offset) {
+    open(window, offset);
+    GUNN_UNROLL
+    for (int j = 0; j < kLoads; ++j) {
+      if (depth(j) < count_) loaded_[j] = source_.load(window, offset + depth(j), column_);
+    }
+  }
+  GUNN_DEVICE void store(Element* to) const {
+    GUNN_UNROLL
+    for (int j = 0; j < kLoads; ++j) put_pixel(to, j, loaded_[j]);
+  }
+  GUNN_DEVICE void stage(Element* to, const PixelWindow<Tile::kRows>& window) {
+    open(window, 0);
+    GUNN_UNROLL
+    for (int j = 0; j < kLoads; ++j) {
+      Loaded loaded{};
+      if (depth(j) < count_) loaded = source_.load(window, depth(j), column_);
+      put_pixel(to, j, loaded);
+    }
+  }
+
+ private:
+  static GUNN_DEVICE int lane() { return threadIdx.x % kLanes; }
+  static GUNN_DEVICE int depth(int j) { return threadIdx.x / kLanes + j * kStep; }
+  GUNN_DEVICE void open(const PixelWindow<Tile::kRows>& window, int offset) {
+    count_ = inside_ ? window.count - offset : 0;
+  }
+  GUNN_DEVICE void put_pixel(Element* to, int j, const Loaded& loaded) const {
+    if (lane() >= kPieces) return;
     Values<Precision> values;
-    if (inside && m < count) {
-      source.values(m, column, values);
+    if (depth(j) < count_) {
+      source_.values(loaded, column_, values);
     } else {
       set_zero<Precision>(values);
     }
-    put<Precision>(to + m * P::kDepthStride + channel_of_thread<Precision>(), values);
+    put<Precision>(to + depth(j) * (rows + 8) + lane() * P::kVector, values);
   }
-}
+
+  const Source& source_;
+  bool inside_;
+  int count_ = 0;
+  typename Source::Column column_{};
+  Loaded loaded_[kLoads];
+};
 
 }  // namespace gunn

@@ -99,28 +99,35 @@ struct PackedTile {
              static_cast<int64_t>(first) * shape.chunks<Precision>() * Pool<Precision>::kDepth),
         rows(min(shape.rows - first, kColumns)),
         chunk_size(rows * Pool<Precision>::kDepth) {}
+};
 
-  GUNN_DEVICE void stage(typename Precision::Element* to, int chunk) const {
-    using P = Pool<Precision>;
-    const auto* from = data + static_cast<int64_t>(chunk) * chunk_size;
-    for (int at = threadIdx.x * P::kVector; at < chunk_size; at += kThreads * P::kVector) {
-      store_vector(to + at / P::kDepth * P::kRowStride + at % P::kDepth, load_vector(from + at));
+// Rows [first, first + rows) of one segment's, for tiles of any size.
+template <class Precision>
+struct PackedRows {
+  static constexpr int kDepth = Pool<Precision>::kDepth, kVector = Pool<Precision>::kVector;
+  const typename Precision::Element* data;
+  int all, chunks, first, rows;
+
+  GUNN_DEVICE PackedRows(const PackShape& shape, const typename Precision::Element* packed, int segment, int first_,
+                         int most)
+      : data(packed + segment * shape.size<Precision>()),
+        all(shape.rows),
+        chunks(shape.chunks<Precision>()),
+        first(first_),
+        rows(min(shape.rows - first_, most)) {}
+
+  // Asks for a chunk by `threads` threads; who waits for it has it after a barrier.
+  template <int threads>
+  GUNN_DEVICE void copy(typename Precision::Element* to, int chunk) const {
+    constexpr int kPieces = kDepth / kVector;
+    for (int at = threadIdx.x; at < rows * kPieces; at += threads) {
+      const int row = first + at / kPieces, tile = row / kColumns * kColumns, in_tile = min(all - tile, kColumns);
+      const auto* from =
+          data + (static_cast<int64_t>(tile) * chunks + static_cast<int64_t>(chunk) * in_tile + row - tile) * kDepth;
+      copy_async<16>(to + at / kPieces * Pool<Precision>::kRowStride + at % kPieces * kVector,
+                     from + at % kPieces * kVector);
     }
   }
 };
-
-// The product of pixels and packed weights. Begins with a barrier: what it reads may have been written just before.
-template <class Precision, class Source>
-GUNN_DEVICE void multiply_pixels(Pool<Precision>& pool, Product<Precision>& product, const Source& source,
-                                 const PackShape& shape, const PackedTile<Precision>& weights) {
-  for (int chunk = 0; chunk < shape.chunks<Precision>(); ++chunk) {
-    __syncthreads();
-    stage_pixels<Precision>(pool.tile.operands.a, source, chunk * Pool<Precision>::kDepth, shape.depth,
-                            pool.window.count);
-    weights.stage(pool.tile.operands.b, chunk);
-    __syncthreads();
-    product.template multiply<Layout::by_row>(pool.tile.operands, weights.rows);
-  }
-}
 
 }  // namespace gunn

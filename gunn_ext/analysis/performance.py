@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 PASSES = ("training", "evaluation")
-_TILE = 64  # pixels and channels of a tile of the staged driver
+_TILE = 64  # pixels of a block's share of work, at least
 _LEAST_BLOCK = 32 * 2**20  # bytes that the staged backward may spend on a block of segments, at least
 _LEAST_CHAIN = 64 * 2**20  # the same of the persistent one
 
@@ -215,53 +215,115 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class _Tile:
+    """What a block of the staged driver computes: rows (pixels; inputs of a weight gradient) and columns."""
+
+    rows: int
+    columns: int
+
+    def down(self, rows: int) -> int:
+        return math.ceil(rows / self.rows)
+
+    def across(self, columns: int) -> int:
+        return math.ceil(columns / self.columns)
+
+
+_SMALL, _LARGE = _Tile(64, 64), _Tile(128, 160)
+_ENOUGH = 99  # large tiles, that they serve
+_MOST_RANGES, _MOST_PARTIALS = 64, 4 * 2**20  # of a weight gradient: sums over ranges of pixels
+
+
+def _choose(columns: int, large: int) -> _Tile:
+    """As the driver does, where a product can take ``large`` large tiles at all."""
+    return _LARGE if columns > _SMALL.columns and large >= _ENOUGH else _SMALL
+
+
+@dataclass(frozen=True)
 class _Stage:
-    """One kernel of the staged driver, per pixel and segment: its work, the values it moves, its output channels."""
+    """One kernel of the staged driver.
+
+    Attributes:
+        flops: Of a pixel.
+        once: Values of a pixel that are read or written once.
+        again: Those that are read once for every tile of columns.
+        columns: Of the product's result.
+        weights: Values that every tile of pixels reads.
+        large: Whether it can take large tiles.
+    """
 
     flops: float
-    values: float
-    channels: int
-    tiles: bool = True  # False: split over pixels as far as the device needs it
+    once: float
+    again: float
+    columns: int
+    weights: float = 0
+    large: bool = False
+
+    def tile(self, pixels: int, large: bool) -> _Tile:
+        """Which one serves."""
+        if not (large and self.large):
+            return _SMALL
+        return _choose(self.columns, _LARGE.down(pixels) * _LARGE.across(self.columns))
 
 
-def _columns(channels: int) -> int:
-    return math.ceil(channels / _TILE)
+@dataclass(frozen=True)
+class _Gradient:
+    """One weight gradient of the staged driver: ``rows`` gradients of outputs with ``inputs``, summed over pixels."""
+
+    rows: int
+    inputs: int
+    large: bool
+
+    def tiles(self, tile: _Tile) -> int:
+        return tile.down(self.inputs) * tile.across(self.rows)
+
+    def plan(self, pixels: int, segments: int, large: bool) -> tuple[_Tile, int]:
+        """The tile that serves blocks of so many segments, and the ranges that pixels are split over."""
+        room = max(1, min(_MOST_RANGES, _MOST_PARTIALS // (self.rows * self.inputs)))
+        wanted = 264 // (self.tiles(_LARGE) * segments) + 1
+        ranges = min(wanted, math.ceil(pixels / 512), room)
+        if large and self.large and _choose(self.rows, ranges * self.tiles(_LARGE) * segments) == _LARGE:
+            return _LARGE, ranges
+        return _SMALL, min(math.ceil(pixels / 1024), room)
 
 
-def _unit_stages(k: int, s: int, n: int, made: int) -> list[_Stage]:
-    """Reduce, spatial, project: an input is read once for every 64 output channels, 3x3 neighbours from close by."""
+def _unit_stages(k: int, s: int, n: int, made: int, first: bool) -> list[_Stage]:
+    """Reduce, spatial, project; of the 3x3 neighbours come from close by."""
     return [
-        _Stage(2 * n * made, n * _columns(made) + made, made),
-        _Stage(18 * k * k, k * _columns(k) + k, k),
-        _Stage(2 * k * s, k * _columns(s) + s, s),
+        _Stage(2 * n * made, made, n, made, n * made, large=first),
+        _Stage(18 * k * k, k, k, k, 9 * k * k, large=True),
+        _Stage(2 * k * s, s, k, s, k * s),
     ]
 
 
 def _chain_stages(k: int, s: int, n: int, made: int, wide: float) -> list[_Stage]:
     """The gradients' chain; the state's gradient is float32, ``wide`` times as large as a value."""
     return [
-        _Stage(0, 3 * s + wide * s + s, s),
-        _Stage(2 * k * s, 2 * s + k + k, k),
-        _Stage(18 * k * k, 3 * k + k, k),
-        _Stage(2 * n * made, 2 * made * _columns(n) + 2 * wide * n, n),
+        _Stage(0, 3 * s + wide * s + s, 0, s),
+        _Stage(2 * k * s, 2 * k, 2 * s, k, k * s),
+        _Stage(18 * k * k, 2 * k, 2 * k, k, 9 * k * k, large=True),
+        _Stage(2 * n * made, 2 * wide * n, 2 * made, n, n * made, large=True),
     ]
 
 
-def _weight_stages(k: int, s: int, n: int, made: int) -> list[_Stage]:
-    """Operands are read once for every 64 rows and columns of the gradient."""
-    return [
-        _Stage(2 * n * made, made * _columns(n) + n * _columns(made), made, tiles=False),
-        _Stage(18 * k * k, k * _columns(9 * k) + 9 * k * _columns(k), k, tiles=False),
-        _Stage(2 * k * s, s * _columns(k) + k * _columns(s), s, tiles=False),
-    ]
+def _gradients(k: int, s: int, n: int, made: int, first: bool) -> list[_Gradient]:
+    return [_Gradient(made, n, large=first), _Gradient(k, 9 * k, large=True), _Gradient(s, k, large=False)]
 
 
-def staged(sizes: LayerSizes, batch: int, dtype: str, limits: DeviceLimits, *, recompute: bool = True) -> Prediction:
+def staged(
+    sizes: LayerSizes,
+    batch: int,
+    dtype: str,
+    limits: DeviceLimits,
+    *,
+    recompute: bool = True,
+    large_tiles: bool = True,
+) -> Prediction:
     """A kernel for each stage of each segment: nothing hides behind anything, and every kernel costs its launch.
 
     What kernels hand to each other comes from the cache where the state and one segment's pre-activations fit there,
-    else from memory. Where a kernel has fewer tiles than the device has processors, or its last round of tiles is not
-    full, the others idle.
+    else from memory; weights, which every tile of pixels reads, always from the cache. Products in 16 bits take large
+    tiles by the driver's rule. Where a kernel has fewer tiles than the device has processors, or its last round of
+    tiles is not full, the others idle.
 
     Args:
         sizes: Of the layer.
@@ -269,32 +331,42 @@ def staged(sizes: LayerSizes, batch: int, dtype: str, limits: DeviceLimits, *, r
         dtype: Of the feature map.
         limits: Of the device.
         recompute: Whether the backward recomputes pre-activations; else the forward writes them for it.
+        large_tiles: Whether there are any; else what it costs without them.
     """
     pixels, k, s = batch * sizes.size**2, sizes.hidden, sizes.width
     item, usable = BYTES[dtype], limits.usable_flops(dtype)
     state = sizes.state_bytes(batch, dtype)
     in_cache = state + 2 * (k + s) * pixels * item <= limits.cache_bytes
     wide = max(1.0, 4 / item)
+    large = large_tiles and item == 2
+
+    def moved(values: float, weights: float = 0.0) -> Parts:
+        cached = (weights + (values if in_cache else 0.0)) * item / limits.cache_bandwidth
+        return Parts(cache=cached, memory=0.0 if in_cache else values * item / limits.memory_bandwidth)
 
     def stage(work: _Stage, segments: int = 1) -> Parts:
-        tiles = math.ceil(pixels / _TILE) * _columns(work.channels) * segments
-        rounds = math.ceil(tiles / limits.processors)
-        idle = rounds * limits.processors / tiles if work.tiles else 1.0
-        moved = work.values * pixels * item * segments
-        return Parts(
-            compute=work.flops * pixels * segments / usable * idle,
-            cache=moved / limits.cache_bandwidth if in_cache else 0.0,
-            memory=0.0 if in_cache else moved / limits.memory_bandwidth,
-            launch=limits.launch,
-        )
+        tile = work.tile(pixels, large)
+        down, across = tile.down(pixels), tile.across(work.columns)
+        tiles = down * across * segments
+        idle = math.ceil(tiles / limits.processors) * limits.processors / tiles
+        parts = moved((work.once + work.again * across) * pixels * segments, work.weights * down * segments)
+        return parts + Parts(compute=work.flops * pixels * segments / usable * idle, launch=limits.launch)
+
+    def gradient(work: _Gradient, segments: int) -> Parts:
+        tile, ranges = work.plan(pixels, segments, large)
+        values = work.rows * tile.down(work.inputs) + work.inputs * tile.across(work.rows)
+        partials = 2 * ranges * work.rows * work.inputs * 4 / item  # written and read
+        flops = 2.0 * work.rows * work.inputs * pixels * segments
+        parts = moved((values * pixels + partials) * segments)
+        return parts + Parts(compute=flops / usable, launch=2 * limits.launch)
 
     def times(parts: Parts, count: float) -> Parts:
         return Parts(*(count * value for value in parts.values()))
 
     compulsory = Parts(memory=2 * state / limits.memory_bandwidth)
-    units = sizes.units_in_order()
-    unit_stages = [work for n, made in units for work in _unit_stages(k, s, n, made)]
-    write_back = _Stage(0, 4 * s, s)
+    units = [(n, made, m == 0) for m, (n, made) in enumerate(sizes.units_in_order())]
+    unit_stages = [work for n, made, first in units for work in _unit_stages(k, s, n, made, first)]
+    write_back = _Stage(0, 4 * s, 0, s)
     evaluation = compulsory + times(_sum(stage(work) for work in [*unit_stages, write_back]), sizes.segments)
     kept = 0.0 if recompute else (2 * k + 2 * s) * sizes.units * sizes.segments * pixels * item
     forward = evaluation + Parts(memory=kept / limits.memory_bandwidth)
@@ -303,13 +375,13 @@ def staged(sizes: LayerSizes, batch: int, dtype: str, limits: DeviceLimits, *, r
     per_segment = (4 * k + 3 * s) * sizes.units * pixels * item
     block = max(1, min(sizes.segments, int(max(state, _LEAST_BLOCK) // per_segment)))
     blocks = sizes.segments / block
-    chain = [work for n, made in units for work in _chain_stages(k, s, n, made, wide)]
-    weights = [work for n, made in units for work in _weight_stages(k, s, n, made)]
+    chain = [work for n, made, _ in units for work in _chain_stages(k, s, n, made, wide)]
+    gradients = [work for n, made, first in units for work in _gradients(k, s, n, made, first)]
     backward = Parts(memory=(4 * state + kept) / limits.memory_bandwidth)
     backward += times(_sum(stage(work) for work in chain), sizes.segments)
     if recompute:
         backward += times(_sum(stage(work, block) for work in unit_stages), blocks)
-    backward += times(_sum(stage(work, block) + Parts(launch=limits.launch) for work in weights), blocks)
+    backward += times(_sum(gradient(work, block) for work in gradients), blocks)
     return Prediction(forward, backward, evaluation)
 
 
@@ -349,7 +421,7 @@ def persistent(
     state = sizes.state_bytes(batch, dtype)
     room = on_chip * limits.cache_bytes / 2
     streamed = max(0.0, state - room) * segments
-    tiles = math.ceil(pixels / _TILE) * _columns(sizes.units_in_order()[0][1])
+    tiles = math.ceil(pixels / _TILE) * math.ceil(sizes.units_in_order()[0][1] / _TILE)
     idle = math.ceil(tiles / limits.processors) * limits.processors / tiles
     weights = sum(n * made + 9 * k * k + k * s for n, made in sizes.units_in_order()) * segments * item
     operands = pixels * weights / _warp_pixels(pixels / limits.processors, k)

@@ -16,7 +16,7 @@ from gunn_ext.analysis.performance import DeviceLimits, LayerSizes, fused, persi
 from gunn_ext.bench.cases import Case, build, custom_case
 from gunn_ext.bench.contest import Contest, Entry, Settings
 from gunn_ext.bench.memory import peak_bytes, saved_bytes
-from gunn_ext.bench.peers import Peer, asking, asking_for, peers_of, served_driver
+from gunn_ext.bench.peers import Peer, asking, asking_for, peers_of, served_by
 from gunn_ext.bench.rows import Row
 from gunn_ext.bench.steps import FORMATS, LayerStep
 from gunn_ext.bench.timing import Work
@@ -98,7 +98,7 @@ class _Cell:
         with asking_for(peer.driver):
             if peer.ours:
                 row["backend"] = ops.backend(x.device, self.dtype)
-                row["driver"] = served_driver(layer, x)
+                row["driver"], row["large_tiles"] = served_by(layer, x)
                 if peer.driver and row["driver"] != peer.driver:
                     raise ValueError(f"the {peer.driver} driver does not take this layer; {row['driver']} would")
             size = (self.case.sizes, self.settings.batch, self.name, self.which)

@@ -124,9 +124,12 @@ def asking(driver: str | None, work: Callable[[], Any]) -> Callable[[], Any]:
     return asked
 
 
-def served_driver(layer: StackedLayer, x: Tensor) -> str:
-    """Which driver the kernels take for ``x``, as asked for now; two names where the backward has another."""
-    forward, backward = ops.drivers(
+def served_by(layer: StackedLayer, x: Tensor) -> tuple[str, str]:
+    """Which driver the kernels take for ``x``, as asked for now, two names where the backward has another.
+
+    And which kernels of the staged CUDA driver take large tiles.
+    """
+    forward, backward, large_tiles = ops.drivers(
         x,
         layer.segments,
         layer.expansion,
@@ -136,4 +139,4 @@ def served_driver(layer: StackedLayer, x: Tensor) -> str:
         batch_statistics=layer.training,
         keep=layer.training and not layer.recompute,
     )
-    return forward if forward == backward or not layer.training else f"{forward}, {backward}"
+    return forward if forward == backward or not layer.training else f"{forward}, {backward}", large_tiles

@@ -29,6 +29,7 @@ FIELDS = (
     "best_format",
     "backend",
     "driver",
+    "large_tiles",
     "threads",
     "ms",
     "ms_20",

@@ -36,6 +36,12 @@ DTYPES = [torch.float64, torch.float32, *NARROW]
 MODES = ["train", "eval", "frozen"]
 PARTIAL_TILES = Case(8, 2, batch=3, height=7, width=11)  # of 64 pixels: 4, the last one of 39
 TWO_LEVELS = Case(2, 1, shortcut=False, batch=1, height=46, width=46)  # of the tree of statistics: 34 tiles
+LARGE_TILES = [  # of 128 pixels x 160 columns
+    Case(12, 2, units=2, batch=2, height=7, width=11),  # two tiles of pixels, the last one of 26
+    Case(60, 1, batch=1, height=9, width=15),  # k + s = 184: two tiles of columns, the second with two batch norms
+    Case(168, 8, expansion=1, batch=1, height=2, width=65),  # two tiles of the state's channels
+    Case(12, 2, shortcut=False, batch=1, height=17, width=31),  # weight gradients: 17 chunks in five windows
+]
 IN_EIGHTS = Case(16, 2, batch=2, height=3, width=5)  # channels: pixel-major tensors are taken as they are
 NOT_IN_EIGHTS = Case(12, 2, batch=2, height=3, width=5)
 SHAPES = [
@@ -103,6 +109,80 @@ def test_awkward_shapes(case, mode, precision):
 @pytest.mark.parametrize("mode", ["eval", "frozen"])
 def test_one_pixel(mode, precision):
     rule_holds_for(Case(10, 5, batch=1, height=1, width=1, mode=mode), precision)
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """Products in 16 bits take large tiles, however few they are."""
+    monkeypatch.setenv("GUNN_CUDA_TILE", "large")
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize(("mode", "dtype"), [("train", "bfloat16"), ("train", "float16"), ("frozen", "bfloat16")])
+@pytest.mark.parametrize("case", LARGE_TILES, ids=str)
+def test_large_tiles(case, mode, dtype):
+    rule_holds_for(replace(case, mode=mode), dtype, recompute=mode == "train")
+
+
+@pytest.mark.usefixtures("large_tiles")
+def test_two_levels_of_statistics_from_large_tiles():
+    rule_holds_for(replace(TWO_LEVELS, batch=2, height=47, width=47), "bfloat16")  # 35 tiles
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 2**8), ("float16", 2**11)])
+@pytest.mark.parametrize("case", [INTEGERS[2], INTEGERS[5]], ids=str)
+def test_large_tiles_are_exact_on_small_integers(case, precision, limit):
+    laws.small_integers_are_exact(laws.small_integers(case, limit), PRECISIONS[precision][0], True)
+
+
+@pytest.mark.parametrize("case", [LARGE_TILES[0], LARGE_TILES[3]], ids=str)
+def test_large_tiles_change_no_bit_of_what_is_no_sum_over_pixels(case, monkeypatch):
+    """Products add in the order of small ones. Statistics are given here, and gradients of weights close."""
+    values, results = sample(replace(case, mode="frozen")), []
+    for tile in ("small", "large"):
+        monkeypatch.setenv("GUNN_CUDA_TILE", tile)
+        results.append(run_sample(values, GunnLayer, torch.bfloat16))
+    small, large = results
+    assert torch.equal(small.y, large.y)
+    assert torch.equal(small.gradients["x"], large.gradients["x"])
+    for name, gradient in small.gradients.items():
+        assert relative_error(large.gradients[name], gradient) < 1e-2, name
+
+
+def test_the_tile_is_a_function_of_sizes_and_dtype(core, monkeypatch):
+    """By number of tiles on an H200 and by columns: of GUNN-24, GUNN-18 and GUNN-15."""
+
+    def large(case, dtype="bfloat16"):
+        return core.large_tiles(*told(core, case), dtype, False)
+
+    weights = "weight_gradient of reduce, weight_gradient of spatial"
+    everything = f"reduce, spatial, spatial_backward, input_backward, {weights}"
+    first = Case(720, 20, expansion=3, units=2, batch=64, height=32, width=32)
+    assert large(first) == large(first, "float16") == everything
+    assert large(replace(first, channels=900, segments=25, height=16, width=16)) == everything
+    assert large(replace(first, channels=1080, segments=30, height=8, width=8)) == f"input_backward, {weights}"
+    assert large(replace(first, batch=1)) == weights
+    assert large(Case(400, 10, shortcut=False, batch=32, height=56, width=56)) == everything
+    assert large(Case(240, 20, batch=64, height=32, width=32)) == "input_backward"
+    assert large(first, "float32") == large(first, "float64") == ""
+    monkeypatch.setenv("GUNN_CUDA_TILE", "small")
+    assert large(first) == ""
+    monkeypatch.setenv("GUNN_CUDA_TILE", "large")
+    assert large(TINY) == everything
+    assert large(TINY, "float32") == ""
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize("case", LARGE_TILES[:2], ids=str)
+def test_recomputation_in_large_tiles_changes_no_bit(case):
+    laws.recomputation_changes_no_bit(sample(case), torch.bfloat16)
+
+
+def test_an_unknown_tile_is_named(monkeypatch):
+    monkeypatch.setenv("GUNN_CUDA_TILE", "huge")
+    with pytest.raises(RuntimeError, match="GUNN_CUDA_TILE=huge: unknown tile; expected small or large, or nothing"):
+        run_sample(sample(TINY), GunnLayer, torch.bfloat16)
 
 
 @pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "float64"])

@@ -16,20 +16,30 @@ BUILT = {"plain": DTYPES, "thread": DTYPES[:2], "address": DTYPES[:3]}  # the ot
 TWO_BLOCKS = "two_blocks_of_segments"
 SMALL = ("shortcut", "units_with_shortcut", "given_statistics", "eights_channels_last")
 
+# What only large tiles have: lines that say so, in 16 bits.
+LARGE = ("large: ", "the first window is set", "the window is set")
 # Both order what other barriers order as well: the first, the operands' second one; the other, those of the tree's next
 # level. By a part of their own line, or of the next.
 SPARE = ("the chunk before has been multiplied", "level += entries")
 STAGED = [path for path in sorted(CUDA.glob("*.cuh")) if path.name not in faults.KERNELS]  # what these cases run
 LINES = {path.name: path.read_text().splitlines() for path in STAGED}
 BARRIERS = [
-    pytest.param(f"{name}:{number}", any(text in line + following for text in SPARE), id=f"{name}:{number}")
+    pytest.param(
+        f"{name}:{number}",
+        any(text in line + following for text in SPARE),
+        any(text in line for text in LARGE),
+        id=f"{name}:{number}",
+    )
     for name, lines in LINES.items()
     for number, (line, following) in enumerate(zip(lines, [*lines[1:], ""], strict=True), 1)
     if "__syncthreads()" in line.split("//")[0]
 ]
-LAUNCHES = sorted(
-    set(re.findall(r'\b(?:by_\w+\(|Launch\{)"(\w+)"', "\n".join(LINES["staged.cuh"] + LINES["host.cuh"])))
-)
+LARGE_CASES = ["large_units", "large_windows"]
+COPIES = [  # the small tiles' wait and the large ones'
+    f"products.cuh:{number}" for number, line in enumerate(LINES["products.cuh"], 1) if "copy_async_wait<0>()" in line
+]
+NAMED = r'(?:\bby_\w+(?:<\w+>)?\(|\blaunch_forward<\w+>\(|\bLaunch\{)\s*"(\w+)"'
+LAUNCHES = sorted(set(re.findall(NAMED, "\n".join(LINES["staged.cuh"] + LINES["host.cuh"]))))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,7 @@ def cases(layer, dtype):
 def test_bits_depend_on_nothing_but_the_input(layer, dtype):
     """Not on the schedule; nor, within a process, on what lay in the workspace, on keeping, on steps."""
     expected = hashes(layer(dtype, "plain", *cases(layer, dtype)))
-    assert len(expected) == 16
+    assert len(expected) == (19 if dtype in ("bfloat16", "float16") else 16)
     for settings in {"workers": 2}, {"seed": 1}, {"seed": 2, "workers": 2}:
         assert hashes(layer(dtype, "plain", "passes=1", *expected, **settings)) == expected, settings
 
@@ -80,15 +90,25 @@ def test_passes_are_clean_under_sanitizers(layer, dtype, flavour, settings):
     assert len(hashes(layer(dtype, flavour, f"passes={passes}", *chosen, **settings))) == len(chosen)
 
 
-@pytest.mark.parametrize(("barrier", "spare"), BARRIERS)
-def test_a_barrier_left_out_is_found(layer, barrier, spare):
+@pytest.mark.parametrize(("barrier", "spare", "large"), BARRIERS)
+def test_a_barrier_left_out_is_found(layer, barrier, spare, large):
     chosen = ["units_with_shortcut", "two_levels"] if spare else ["units_with_shortcut"]
-    result = layer("float32", "thread", f"planted={barrier}", "passes=1", *chosen)
+    dtype = "bfloat16" if large else "float32"
+    result = layer(dtype, "thread", f"planted={barrier}", "passes=1", *(LARGE_CASES if large else chosen))
     if spare:
         hashes(result)
     else:
         assert result.returncode == 66, result.stdout + result.stderr
         assert re.search(r"data race.*csrc/cuda/", result.stderr, re.DOTALL), result.stderr
+
+
+@pytest.mark.parametrize("copies", COPIES)
+def test_a_wait_for_copies_left_out_is_found(layer, copies):
+    """The emulator delivers copies when they are waited for: NaNs that lay in shared memory are multiplied instead."""
+    case = "large_units" if copies == COPIES[-1] else "units_with_shortcut"
+    result = layer("bfloat16", "plain", f"planted={copies}", "passes=1", case)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert re.search(r"\w+: [\w ]+\[\d+\] is not finite", result.stderr), result.stderr
 
 
 def test_a_relaxed_addition_in_the_tree_is_found(layer):

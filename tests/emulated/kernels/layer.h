@@ -8,6 +8,8 @@
 // Cases that name the processors of their device run on the persistent driver, which has no steps: these are compared
 // with a backward in more launches, with a workspace that another pass has used, and with kept pre-activations.
 //
+// Cases of large tiles take these for every product that can have them.
+//
 // `passes=1` runs a case only once, `backward=no` without its backward. `planted=…` leaves something out, to show that
 // it would be missed:
 //
@@ -166,6 +168,7 @@ struct Setup {
   Layout layout = Layout::nchw;
   bool one_gradient = false;          // grad_y is a single value, expanded
   int processors = 0, shared_kb = 0;  // of the persistent driver's device; 0: the staged driver, all a device has
+  const char* tile = "";              // of the staged driver; else by size
 };
 
 // Small, fixed numbers without a pattern.
@@ -408,6 +411,7 @@ void prepare(const Kernels<Scalar, Wide>& kernels, const Setup& setup) {
   };
   const auto number = [](int value) { return value == 0 ? std::string() : std::to_string(value); };
   set("GUNN_CUDA_DRIVER", setup.processors == 0 ? "" : "persistent");
+  set("GUNN_CUDA_TILE", setup.tile);
   set("GUNN_EMULATOR_PROCESSORS", number(setup.processors));
   set("GUNN_EMULATOR_SHARED_KB", number(setup.shared_kb));
   const Options options{
@@ -512,6 +516,19 @@ inline const std::vector<std::pair<const char*, Setup>>& ring_setups() {
   return all;
 }
 
+inline Setup large(Setup setup) {
+  setup.tile = "large";
+  return setup;
+}
+inline const std::vector<std::pair<const char*, Setup>>& large_setups() {
+  static const std::vector<std::pair<const char*, Setup>> all = {
+      {"large_units", large({{1, 4, 9, 15, 1, 3, 2, true, true}})},      // two tiles of pixels, the last one of 7
+      {"large_windows", large({{1, 4, 17, 31, 2, 1, 1, false, true}})},  // of pixels in a range: five
+      {"large_columns", large({{1, 168, 2, 3, 8, 1, 1, true, false}})},  // of the state: two tiles
+  };
+  return all;
+}
+
 template <class Scalar, class Wide>
 bool add_cases(const Kernels<Scalar, Wide>& kernels, bool persistent) {
   const auto add = [&](const auto& setups) {
@@ -522,6 +539,7 @@ bool add_cases(const Kernels<Scalar, Wide>& kernels, bool persistent) {
   add(setups());
   if (persistent) add(persistent_setups<sizeof(Scalar) == 4>());
   if (persistent && sizeof(Scalar) == 2) add(ring_setups());
+  if (sizeof(Scalar) == 2) add(large_setups());
   return true;
 }
 
