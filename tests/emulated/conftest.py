@@ -103,13 +103,16 @@ class Emulated:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
+def emulated(tmp_path_factory, request):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not on PATH: the emulated kernels cannot be built")
     emulated = Emulated(tmp_path_factory.mktemp("emulated"))
     for program in PROGRAMS:
         for flavour in ("plain",) if program == "order" else ("plain", "thread", "address"):
             emulated.build(program, flavour)
+    if any(item.path.name.startswith("test_sanitized") for item in request.session.items):
+        for flavour in ("thread", "address", "plain"):
+            emulated.build("layer_bfloat16", flavour)  # minutes each, while other tests run
     yield emulated
     emulated.pool.shutdown(cancel_futures=True)
 
