@@ -287,7 +287,7 @@ def test_tables_are_those_of_the_committed_results(name):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["race"], ["unknown command 'race'", "expected layer, sweep, model, memory, data, predict"]),
+        (["race"], ["unknown command 'race'", "expected layer, sweep, model, step, memory, data, predict"]),
         (["layer", "gunn15-33"], ["unknown layer 'gunn15-33'", "Did you mean gunn15-3", "--channels"]),
         (["layer", "--channels=250", "--segments=20"], ["channels (250)", "segments (20)", "240 or 260"]),
         (["layer", "--channels=250"], ["needs both --channels and --segments"]),

@@ -224,7 +224,7 @@ __host__ GUNN_DEVICE GradientShape gradient_shape(const Extents& extents, Which 
 // Rows:      computed from d and z, or `ready` in memory (view.cuh).
 // Costs:     2*pixels*rows*width FLOPs; reads rows + width values a pixel once for each tile of the other.
 template <class Precision, class Tile, Which which, bool first_unit, bool ready>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
+__global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile, which == Which::reduce && !first_unit>)
     weight_gradient(View<Precision> view, int first_segment, int unit, int64_t range,
                     typename Precision::Wide* partials) {
   constexpr Norm kNorm = which == Which::reduce    ? Norm::reduce

@@ -128,7 +128,8 @@ GUNN_DEVICE void forward_stage(const View<Precision>& view, int first_segment, i
 }
 
 template <class Precision, class Tile, class Source>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
+__global__ void __launch_bounds__(Tile::kThreads,
+                                  kResident<Precision, Tile, std::is_same_v<Source, UnitInput<Precision>>>)
     reduce(View<Precision> view, int first_segment, int unit, const typename Precision::Element* packed,
            StatisticsOut<typename Precision::Wide> out) {
   forward_stage<Precision, Tile, Source>(view, first_segment, unit, Pack::reduce, Norm::reduce, packed, out);

@@ -52,11 +52,12 @@ __host__ GUNN_DEVICE int column_step(int columns) {
 }
 
 // Blocks that share a multiprocessor at least: all the registers that this leaves (128; float64 168) without spilling a
-// word. Left to itself the compiler aims a little higher, and spills.
-template <class Precision, class Tile = SmallTile>
-constexpr int kResident = Tile::kChunks > 1                       ? 1
-                          : sizeof(typename Precision::Wide) == 8 ? 3
-                                                                  : 4;
+// word. Left to itself the compiler aims a little higher, and spills. What a later unit reads is put together from two
+// batch norms (`unit_input`): that takes a few registers more.
+template <class Precision, class Tile = SmallTile, bool unit_input = false>
+constexpr int kResident = Tile::kChunks > 1                                     ? 1
+                          : unit_input || sizeof(typename Precision::Wide) == 8 ? 3
+                                                                                : 4;
 
 enum class Layout { by_row, by_depth };
 
