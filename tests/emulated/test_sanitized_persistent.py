@@ -127,7 +127,7 @@ def test_bits_depend_on_nothing_but_the_input(layer, expected, settings, dtype):
 @pytest.mark.parametrize("settings", [{}, {"seed": 4, "workers": 2}, {"slow": 1}], ids=str)
 @pytest.mark.parametrize(("dtype", "flavour"), [built for built in BUILT if built[1] != "plain"], ids=str)
 def test_passes_are_clean_under_sanitizers(layer, expected, dtype, flavour, settings):
-    chosen = of(dtype, CASES) if dtype in DTYPES else ("persistent_bands", "persistent_wide_no_shortcut")
+    chosen = of(dtype, CASES)
     passes = "passes=1" if settings else "passes=2"
     found = hashes(layer(dtype, flavour, passes, *chosen, **settings))
     assert found == {case: expected[dtype][case] for case in chosen}
