@@ -95,6 +95,8 @@ def test_top_5_counts_the_five_largest():
 def test_missing_snapshots_are_told(finished, tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"holds 2 snapshots, expected at least 3; a run with schedule.name"):
         load_run(finished, ensemble=3)
+    with pytest.raises(ConfigError, match="ensemble must be a number of snapshots, or 0 for all, got -1"):
+        load_run(finished, ensemble=-1)
     train(small_config(tmp_path / "plain", epochs=1), model=small_net())
     assert main(["eval", str(tmp_path / "plain"), "--ensemble"]) == 2
     assert "plain holds 0 snapshots, expected at least 1" in capsys.readouterr().err

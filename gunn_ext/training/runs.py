@@ -67,6 +67,8 @@ def load_run(
             raise ConfigError(f"checkpoint must be last or best, got {checkpoint!r}.")
         files = [file]
     else:
+        if ensemble < 0:
+            raise ConfigError(f"ensemble must be a number of snapshots, or 0 for all, got {ensemble}.")
         files = directory.snapshot_files()
         if not files or len(files) < ensemble:
             raise CheckpointError(
