@@ -60,6 +60,15 @@ def test_other_sizes_are_scaled_to_cover_and_cut_from_the_middle():
     torch.testing.assert_close(fitted(torch.full((3, 5, 9), 7.0), 8, 8), torch.full((3, 8, 8), 7.0))
 
 
+def test_of_several_processes_one_writes(finished, capsys, tmp_path, monkeypatch):
+    output, data = finished
+    np.save(tmp_path / "0.npy", data.test.images[0].numpy())
+    for rank, written in ((1, False), (0, True)):
+        monkeypatch.setenv("RANK", str(rank))
+        code, _, _ = run(capsys, "predict", output, tmp_path / "0.npy", f"--output={tmp_path / 'found.json'}")
+        assert (code, (tmp_path / "found.json").exists()) == (0, written)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gunn_ext.commands.settings import parse_train_arguments
+from gunn_ext.training.distributed import launched_rank
 from gunn_ext.training.progress import make_reporter
 from gunn_ext.training.runs import evaluate_run
 from gunn_ext.training.trainer import train as train_network
@@ -59,6 +60,8 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image or .npy files, or folders of them")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file")
     options = parser.parse_args(arguments)
+    if launched_rank() > 0:
+        return 0  # of several processes one predicts and writes
     from gunn_ext.training.prediction import predict_images
 
     found = predict_images(options.run, options.images, options.checkpoint, options.device, ensemble=options.ensemble)
