@@ -10,15 +10,18 @@ import torch.distributed as dist
 from torch import nn
 
 from gunn_ext import GunnLayer
+from gunn_ext._optional import try_import
 from gunn_ext.training import (
     AugmentConfig,
     Config,
     ConfigError,
     DivergenceError,
     FakeConfig,
+    FolderConfig,
     OptimizerConfig,
     RunDirectoryError,
     TrainingInterrupted,
+    ValidationConfig,
     evaluate_run,
     load_checkpoint,
     train,
@@ -30,11 +33,11 @@ FAKE = FakeConfig(shape=(2, 6, 6), classes=4, train_images=33, test_images=23)
 class Double(nn.Module):
     """A small network with every kind of batch norm, in float64, whatever the images are."""
 
-    def __init__(self, frozen=False, act=lambda: None):
+    def __init__(self, frozen=False, act=lambda: None, channels=2):
         super().__init__()
         torch.manual_seed(5)
         self.net = nn.Sequential(
-            nn.Conv2d(2, 8, 3, padding=1, bias=False),
+            nn.Conv2d(channels, 8, 3, padding=1, bias=False),
             nn.BatchNorm2d(8),
             nn.ReLU(),
             GunnLayer(8, 4, shortcut=True),
@@ -67,6 +70,19 @@ def settings(output, **changes):
     return Config(**values | changes)
 
 
+def write_pictures(folder):
+    """Image files of four classes: 20 to train on, some of which will be held out, and 7 to test."""
+    Image, _ = try_import("PIL.Image")
+    generator = torch.Generator().manual_seed(3)
+    for part, counts in (("train", (4, 5, 6, 5)), ("val", (2, 1, 3, 1))):
+        for name, count in zip("abcd", counts, strict=True):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (12 + i, 20 - i, 3), generator=generator, dtype=torch.uint8)
+                picture = Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), pixels.numpy().tobytes())
+                picture.save(folder / part / name / f"{i}.png")
+
+
 def outcome(result):
     """What must not depend on the number of processes: tensors and losses but for rounding, counts not at all."""
     content = load_checkpoint(Path(result.output) / "last.pt")
@@ -78,13 +94,22 @@ def outcome(result):
     return tensors, losses, *counted, result.steps_taken
 
 
-def train_alike(output):
-    """Runs that must be the same on any number of ranks: synchronised; frozen, in parts and clipped."""
+def train_alike(output, pictures):
+    """Runs that must be the same on any number of ranks: synchronised; frozen, in parts and clipped; from files.
+
+    The last one holds images out: its best network is chosen by these, then tested.
+    """
     synchronized = train(settings(output / "synchronized"), model=Double())
     plain = OptimizerConfig(momentum=0.5, nesterov=False)
     parts = settings(output / "parts", accumulate=2, clip_norm=0.3, optimizer=plain, sync_batch_norm=False)
     in_parts = train(parts, model=Double(frozen=True))
-    return outcome(synchronized), outcome(in_parts)
+    runs = [outcome(synchronized), outcome(in_parts)]
+    if try_import("PIL.Image")[0] is not None:
+        files = {"data": "folder", "data_path": str(pictures), "validation": ValidationConfig(size=8)}
+        files["folder"] = FolderConfig(image_size=6, resize=8, workers=0)
+        held_out = train(settings(output / "files", epochs=2, max_steps=None, **files), model=Double(channels=3))
+        runs.append((*outcome(held_out), held_out.best_accuracy, held_out.best_epoch, held_out.validation_count))
+    return runs
 
 
 def check_local_statistics(output):
@@ -150,9 +175,9 @@ def train_and_evaluate(config):
     return evaluate_run(config.output)
 
 
-def check_all(output):
+def check_all(output, pictures):
     """All of the above in one start of the ranks."""
-    alike = train_alike(output)
+    alike = train_alike(output, pictures)
     if dist.get_world_size() == 2:
         check_local_statistics(output / "local")
         check_agreement(output)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from joint_training import Double, check_all, settings, train_alike, train_and_evaluate
+from joint_training import Double, check_all, settings, train_alike, train_and_evaluate, write_pictures
 from processes import run_ranks
 from torch import nn
 
@@ -30,8 +30,10 @@ def command_config(output):
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_train_as_one_process_does(size, tmp_path):
     """Weights, buffers, averages and momenta to 1e-12 after five steps, counts of the evaluation exactly."""
-    expected = train_alike(tmp_path / "one")
-    results = run_ranks(check_all, size, tmp_path / "ranks", tmp_path / "many")
+    pictures = tmp_path / "pictures"
+    write_pictures(pictures)
+    expected = train_alike(tmp_path / "one", pictures)
+    results = run_ranks(check_all, size, tmp_path / "ranks", tmp_path / "many", pictures)
     for alike in results:
         for ours, theirs in zip(alike, expected, strict=True):
             torch.testing.assert_close((ours[0], ours[1]), (theirs[0], theirs[1]), rtol=1e-12, atol=1e-12)
