@@ -629,24 +629,16 @@ class BackwardPass {
     }
   }
 
-  // Sums a panel's weight gradients over the threads, in order; each thread takes a share of the rows.
+  // Writes a panel's weight gradients: sums over the threads, in order, of which each takes a share.
   void combine_weights(const Team& team, int64_t index) const {
     if (!options_.need_parameters || index >= panels().count()) return;
     const int64_t k = shape_.hidden(), s = shape_.segment();
     const Panel panel = panels().at(index);
-    const int64_t step = own_step_ / static_cast<int64_t>(sizeof(Scalar));
-    const Scalar* first = own(0).weights[index % 2];
-    const auto sum = [&](int64_t at) {
-      Scalar total = 0;
-      for (int thread = 0; thread < writers(team); ++thread) total += first[thread * step + at];
-      return total;
-    };
+    const Buffers buffers{own(0).weights[index % 2], own_step_ / static_cast<int64_t>(sizeof(Scalar)), writers(team)};
     const auto reduce = [&](const WeightBlock& block, int64_t m, int64_t base) {
-      const int64_t rows = block.segments * stages_.reduce_rows(m), pitch = padded_rows<Scalar>(rows);
-      for (int64_t r = team.begin(rows); r < team.end(rows); ++r) {
-        Scalar* to = stages_.reduce_weights(tensors_.grads[m], block.first, m, r) + block.column;
-        for (int64_t c = 0; c < block.columns; ++c) to[c] = sum(base + c * pitch + r);
-      }
+      write_rows(team, buffers, base, block.segments * stages_.reduce_rows(m), block.columns, [&](int64_t r) {
+        return stages_.reduce_weights(tensors_.grads[m], block.first, m, r) + block.column;
+      });
     };
     panels().for_blocks(panel, kRowLanes, [&](const WeightBlock& block) { reduce(block, 0, block.padded_at); });
     for (int64_t i = panel.first; i <= panel.last(); ++i) {
@@ -654,25 +646,66 @@ class BackwardPass {
         const auto& grads = tensors_.grads[m];
         const int64_t base = gradients_.at(i - panel.first, m), kind = m > 0;
         if (m > 0) reduce({i, 1, 0, s, 0, 0}, m, base);
-        const int64_t spatial = base + gradients_.spatial[kind];
-        for (int64_t o = team.begin(k); o < team.end(k); ++o) {
-          Scalar* to = grads.spatial + (i * k + o) * k * 9;
-          for (int64_t c = 0; c < k; ++c) {
-            if (winograd_) {
-              Scalar sums[16];
-              for (int64_t at = 0; at < 16; ++at) sums[at] = sum(spatial + (at * k + c) * padded_rows<Scalar>(k) + o);
-              WinogradWeights<Scalar>::finish(sums, to + c * 9);
-              continue;
-            }
-            for (int64_t tap = 0; tap < 9; ++tap) {
-              to[c * 9 + tap] = sum(spatial + (tap / 3 * k + o) * gradients_.spatial_lanes + tap % 3 * k + c);
-            }
-          }
+        write_taps(team, buffers, base + gradients_.spatial[kind], grads.spatial + i * k * k * 9);
+        Scalar* project = grads.project + i * s * k;
+        write_rows(team, buffers, base + gradients_.project[kind], s, k, [&](int64_t r) { return project + r * k; });
+      }
+    }
+  }
+
+  // What each thread has of a panel's weight gradients.
+  struct Buffers {
+    Scalar* first;
+    int64_t step;  // from one thread's to the next
+    int threads;
+
+    // `count` numbers from `at` on, summed in the first buffer.
+    const Scalar* total(int64_t at, int64_t count) const {
+      Scalar* to = first + at;
+      for (int thread = 1; thread < threads; ++thread) {
+        const Scalar* from = to + thread * step;
+        for (int64_t j = 0; j < count; ++j) to[j] += from[j];
+      }
+      return to;
+    }
+  };
+
+  // to(row)[column] of sums [column][padded rows], a line of the cache at a time.
+  template <class To>
+  static void write_rows(const Team& team, const Buffers& buffers, int64_t base, int64_t rows, int64_t columns,
+                         const To& to) {
+    constexpr int64_t kLine = 64 / sizeof(Scalar);
+    const int64_t pitch = padded_rows<Scalar>(rows), lines = (columns + kLine - 1) / kLine;
+    for (int64_t line = team.begin(lines); line < team.end(lines); ++line) {
+      const int64_t c = line * kLine, count = smaller(kLine, columns - c);
+      const Scalar* sums = buffers.total(base + c * pitch, count * pitch);
+      for (int64_t r = 0; r < rows; ++r) {
+        Scalar* row = to(r) + c;
+        for (int64_t j = 0; j < count; ++j) row[j] = sums[j * pitch + r];
+      }
+    }
+  }
+
+  // The 3x3's, from Winograd's sums [16][input channel][padded channels], or from [dy][channel][lanes].
+  void write_taps(const Team& team, const Buffers& buffers, int64_t base, Scalar* taps) const {
+    const int64_t k = shape_.hidden(), pitch = padded_rows<Scalar>(k);
+    if (winograd_) {
+      for (int64_t c = team.begin(k); c < team.end(k); ++c) {
+        const Scalar* sums[16];
+        for (int64_t at = 0; at < 16; ++at) sums[at] = buffers.total(base + (at * k + c) * pitch, k);
+        for (int64_t o = 0; o < k; ++o) {
+          Scalar all[16];
+          for (int64_t at = 0; at < 16; ++at) all[at] = sums[at][o];
+          WinogradWeights<Scalar>::finish(all, taps + (o * k + c) * 9);
         }
-        const int64_t project = base + gradients_.project[kind];
-        for (int64_t o = team.begin(s); o < team.end(s); ++o) {
-          Scalar* to = grads.project + (i * s + o) * k;
-          for (int64_t c = 0; c < k; ++c) to[c] = sum(project + c * padded_rows<Scalar>(s) + o);
+      }
+      return;
+    }
+    for (int64_t o = team.begin(k); o < team.end(k); ++o) {
+      for (int64_t dy = 0; dy < 3; ++dy) {
+        const Scalar* sums = buffers.total(base + (dy * k + o) * gradients_.spatial_lanes, gradients_.spatial_lanes);
+        for (int64_t c = 0; c < k; ++c) {
+          for (int64_t dx = 0; dx < 3; ++dx) taps[(o * k + c) * 9 + dy * 3 + dx] = sums[dx * k + c];
         }
       }
     }
