@@ -518,7 +518,7 @@ def test_any_number_of_threads_for_narrow_layers(mode, batch, count):
     rule_holds_for(replace(SMALL, batch=batch, mode=mode), "bfloat16", count=count)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=cases(),
     seed=st.integers(0, 9),
