@@ -47,7 +47,7 @@ def layer(emulated):
     """Runs cases of one dtype. All programs are being built from now on."""
     for flavour, dtypes in BUILT.items():
         for dtype in dtypes:
-            emulated.build(f"layer_{dtype}", flavour)
+            emulated.compile(f"layer_{dtype}", flavour)
 
     def run(dtype, flavour, *arguments, **settings):
         return emulated.run(f"layer_{dtype}", flavour, *arguments, **settings)

@@ -71,7 +71,7 @@ LAUNCHES = sorted(
 def programs(emulated):
     """All that are needed, being built from now on."""
     for dtype, flavour in (*BUILT, ("float16", "plain")):  # to ThreadSanitizer float16 is the same templates again
-        emulated.build(f"layer_{dtype}", flavour)
+        emulated.compile(f"layer_{dtype}", flavour)
     return emulated
 
 

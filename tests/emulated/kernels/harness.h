@@ -120,4 +120,5 @@ inline int run(int count, char** arguments) {
 
 }  // namespace gunn::test
 
-int main(int count, char** arguments) { return gunn::test::run(count, arguments); }
+// Weak, as a Python module has several of these files.
+__attribute__((weak)) int main(int count, char** arguments) { return gunn::test::run(count, arguments); }
