@@ -83,11 +83,19 @@ def ptx(dtype: str, architecture: str, folder: Path) -> str:
     return target.read_text()
 
 
+def intermediate(dtype: str, architecture: str, folder: Path) -> Path:
+    """The PTX on the way to the machine code of `kernels`."""
+    return folder / f"{dtype}-{architecture}" / f"{dtype}.ptx"
+
+
 def kernels(dtype: str, architecture: str, folder: Path) -> list[Kernel]:
     """The kernels of one dtype in machine code. A warning of the compiler raises."""
     target = folder / f"{dtype}-{architecture}.cubin"
-    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    said = run("nvcc", *FLAGS, "-Xptxas", "-v", code, "-cubin", f"{CSRC}/cuda/{dtype}.cu", "-o", str(target))
+    kept = intermediate(dtype, architecture, folder)
+    kept.parent.mkdir()
+    options = [*("-Xptxas", "-v"), f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    keep = ["--keep", "--keep-dir", str(kept.parent)]
+    said = run("nvcc", *FLAGS, *options, *keep, "-cubin", f"{CSRC}/cuda/{dtype}.cu", "-o", str(target))
     instructions = dict(count_instructions(target.read_bytes(), TENSOR_CORE))
     return sorted(read_report(said, PRECISIONS[dtype], instructions), key=lambda kernel: kernel.name)
 
