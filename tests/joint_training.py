@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from gunn_ext import GunnLayer
-from gunn_ext._optional import try_import
 from gunn_ext.training import (
     AugmentConfig,
     Config,
@@ -72,7 +71,8 @@ def settings(output, **changes):
 
 def write_pictures(folder):
     """Image files of four classes: 20 to train on, some of which will be held out, and 7 to test."""
-    Image, _ = try_import("PIL.Image")
+    from PIL import Image
+
     generator = torch.Generator().manual_seed(3)
     for part, counts in (("train", (4, 5, 6, 5)), ("val", (2, 1, 3, 1))):
         for name, count in zip("abcd", counts, strict=True):
@@ -103,13 +103,11 @@ def train_alike(output, pictures):
     plain = OptimizerConfig(momentum=0.5, nesterov=False)
     parts = settings(output / "parts", accumulate=2, clip_norm=0.3, optimizer=plain, sync_batch_norm=False)
     in_parts = train(parts, model=Double(frozen=True))
-    runs = [outcome(synchronized), outcome(in_parts)]
-    if try_import("PIL.Image")[0] is not None:
-        files = {"data": "folder", "data_path": str(pictures), "validation": ValidationConfig(size=8)}
-        files["folder"] = FolderConfig(image_size=6, resize=8, workers=0)
-        held_out = train(settings(output / "files", epochs=2, max_steps=None, **files), model=Double(channels=3))
-        runs.append((*outcome(held_out), held_out.best_accuracy, held_out.best_epoch, held_out.validation_count))
-    return runs
+    files = {"data": "folder", "data_path": str(pictures), "validation": ValidationConfig(size=8)}
+    files["folder"] = FolderConfig(image_size=6, resize=8, workers=0)
+    held_out = train(settings(output / "files", epochs=2, max_steps=None, **files), model=Double(channels=3))
+    chosen = held_out.best_accuracy, held_out.best_epoch, held_out.validation_count
+    return outcome(synchronized), outcome(in_parts), (*outcome(held_out), *chosen)
 
 
 def check_local_statistics(output):
