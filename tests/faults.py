@@ -12,13 +12,15 @@ KERNELS = (
     "pixel_block.cuh",
     "persistent_forward.cuh",
     "persistent_backward.cuh",
+    "turns_forward.cuh",
+    "turns_backward.cuh",
     "weight_products.cuh",
 )  # what runs in a persistent launch
 HOST = ("persistent.cuh",)  # what launches it
 
 # An expression of one line, between the texts that tell where it stands, and a wrong one instead.
 FAULTS = {
-    "edges take no turns": ("base_.edges + ((", "epoch % 2", "0", " * base_.blocks + block)"),
+    "edges take no turns": ("base_.edges + ((", "epoch % 2", "0", " * base_.all_bands + band)"),
     "the row above is left out": ("begin = ", "band == 0", "true", " ? words : 0"),
     "the row below is left out": ("end = ", "band == base_.bands - 1", "true", " ? words : 2 * words"),
     "the first row goes out twice": ("column = ", "lower ? m - (count_ - width) : m", "m", ";"),
@@ -39,7 +41,7 @@ FAULTS = {
     ),
     "half of the words is cleared": ('"clear", ', "2 * words_", "words_", "), clear"),
     "no room for results": ("words_ += 2 * each * (", "chain.blocks + 1", "chain.blocks", ")"),
-    "room for one turn of edges": ("words_ += int64_t{", "4", "2", "} * chain.blocks"),
+    "room for one turn of edges": ("words_ += int64_t{", "4", "2", "} * chain.all_bands"),
 }
 
 

@@ -33,7 +33,7 @@ struct Drivers {
       if (persistent_wanted(options)) {
         PersistentForward<Precision> forward(shape, options);
         PersistentBackward<Precision> backward(shape, options, keep);
-        if (forward.takes()) sizes.forward_workspace = forward.workspace_bytes();
+        if (forward.takes()) sizes.forward_workspace = forward.workspace_bytes(keep);
         if (backward.takes()) sizes.backward_workspace = backward.workspace_bytes();
       }
     }

@@ -4,15 +4,16 @@
 // their recomputation, which is the forward's kernel with given statistics. Chains leave gradients of pre-activations
 // ready for the products that follow, where the staged driver leaves gradients behind the batch norms.
 //
-// What is resident at once is asked of the driver, never assumed. What does not fit goes to the staged driver.
+// What is resident at once is asked of the driver, never assumed. Where not all of a layer's bands are, blocks take
+// turns (pixel_block.cuh). What does not fit goes to the staged driver.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "cuda/persistent_backward.cuh"
-#include "cuda/persistent_forward.cuh"
 #include "cuda/staged.cuh"
+#include "cuda/turns_backward.cuh"
+#include "cuda/turns_forward.cuh"
 #include "cuda/weight_products.cuh"
 
 namespace gunn {
@@ -34,6 +35,7 @@ class PersistentKernel {
     int k_tiles, s_tiles, warps, fragments;
     bool streams;
     size_t tables;  // bytes behind the layout's
+    bool turns;     // with exchanges, a step for all of a block's bands before each
 
     int pixels() const { return 16 * warps * fragments; }
     bool rings() const { return through_ring(k_tiles); }
@@ -46,77 +48,107 @@ class PersistentKernel {
     chain.exchanges = exchanges;
     chain.first_segment = 0, chain.last_segment = extents.segments - 1;
     if (extents.units != 1 || extents.channels > 4096 || extents.width > 512 || extents.height > 4096) return;
-    // Small blocks first: more of them share the work; and if it can be, each has a processor to itself.
-    for (const bool spread : {true, false}) {
+    // Small blocks first: more of them share the work; and if it can be, each has a processor to itself. In turns large
+    // ones first: they read weights less often.
+    for (const Fit fit : {Fit::spread, Fit::at_once}) {
       for (const Candidate& candidate : candidates) {
-        if (consider(candidate, spread)) return;
+        if (consider(candidate, fit)) return;
       }
+    }
+    for (auto candidate = candidates.rbegin(); candidate != candidates.rend(); ++candidate) {
+      if (consider(*candidate, Fit::in_turns)) return;
     }
   }
 
   bool takes() const { return chosen_.kernel != nullptr; }
+  // Whether its blocks have several bands, with exchanges between steps.
+  bool turns() const { return chosen_.turns; }
 
   void take(Arena& arena) {
     const Extents& e = chain.extents;
     const int64_t columns[kKinds] = {e.k() + (transposed ? 0 : e.s()), e.k(), e.s() * (transposed ? 2 : 1)};
     words_ = 0;
     for (const int64_t each : columns) words_ += 2 * each * (chain.blocks + 1);
-    if (chain.bands > 1) words_ += int64_t{4} * chain.blocks * e.width * e.k() / Registers<Precision>::kEach;
+    if (chain.bands > 1) words_ += int64_t{4} * chain.all_bands * e.width * e.k() / Registers<Precision>::kEach;
     Word* next = arena.take<Word>(words_);
     for (int k = 0; k < kKinds; ++k) {
       chain.words[k] = next, next += 2 * columns[k] * chain.blocks;
       chain.results[k] = next, next += 2 * columns[k];
     }
     chain.edges = next;
-    chain.streamed =
-        arena.take<Storage>(static_cast<int64_t>(chain.blocks) * chosen_.pixels() * chain.streamed_channels());
+    const int64_t copies = turns() ? chain.all_bands : chain.blocks;
+    chain.streamed = arena.take<Storage>(copies * chosen_.pixels() * chain.streamed_channels());
   }
   // Before the first launch of a pass: no word has an epoch.
   void clear_words() const {
     if (!how_.cooperative) return;
     launch(launcher_.by_element("clear", 2 * words_), clear, reinterpret_cast<unsigned*>(chain.words[0]), 2 * words_);
   }
-  void run() const { launch(how_, chosen_.kernel, chain); }
+  void run() const {
+    Launch how = how_;
+    ChainType part = chain;
+    const int step = turns() ? chain.all_bands : chain.blocks;
+    for (part.first_band = 0; part.first_band < chain.all_bands; part.first_band += step) {
+      if (!chain.exchanges) how.grid.x = std::min(step, chain.all_bands - part.first_band);
+      launch(how, chosen_.kernel, part);
+    }
+  }
 
   ChainType chain{};
 
  private:
-  // If the layer has its k and s, and all its blocks are resident at once; `spread`: if moreover each has a processor
-  // to itself. Channels that find no room are streamed, 16 at a time; beside a ring as many as need be.
-  bool consider(const Candidate& candidate, bool spread) {
+  // How bands become blocks, all resident at once: each is one, with a processor to itself; each is one; a block has
+  // several, or is launched for several.
+  enum class Fit { spread, at_once, in_turns };
+
+  // If the layer has its k and s, and fits. Channels that find no room are streamed, 16 at a time; beside a ring as
+  // many as need be, in turns with exchanges all.
+  bool consider(const Candidate& candidate, Fit fit) {
+    if (candidate.turns != (fit == Fit::in_turns && chain.exchanges)) return false;
     const Extents& e = chain.extents;
     const int pixels = candidate.pixels();
     if (e.k() != 8 * candidate.k_tiles || e.s() != 8 * candidate.s_tiles || e.width > pixels) return false;
     if (candidate.rings() && (e.shortcut || e.segment % 2 != 0)) return false;
     Launch how{name_, dim3(1), dim3(32 * candidate.warps), 0, launcher_.stream, &launcher_.shape};
-    const size_t most = ask(how, candidate.kernel).shared;
+    const size_t room_for_shared = ask(how, candidate.kernel).shared;
     int band_rows = std::min(e.height, pixels / e.width);
     const int bands = (e.height + band_rows - 1) / band_rows;
     band_rows = (e.height + bands - 1) / bands;  // as equal as may be
-    int resident = (e.channels + 15) / 16 * 16;
+    int resident = candidate.turns ? 0 : (e.channels + 15) / 16 * 16;
     const auto shared = [&] {
       return ChainLayout<Precision>(e, pixels, band_rows, resident, transposed, candidate.rings()).bytes +
              candidate.tables;
     };
     const int least = candidate.rings() ? 0 : e.channels / kLeastShare;
-    while (candidate.streams && shared() > most && resident > least) resident -= 16;
-    if (shared() > most) return false;
+    while (candidate.streams && shared() > room_for_shared && resident > least) resident -= 16;
+    if (shared() > room_for_shared) return false;
     how.shared = shared();
     const Room room = ask(how, candidate.kernel);
-    const int64_t places = spread ? std::min<int64_t>(room.blocks, room.processors) : room.blocks;
-    const int64_t blocks = launcher_.shape.batch * bands;
-    int64_t clerks = 0;
+    const int64_t places = fit == Fit::spread ? std::min<int64_t>(room.blocks, room.processors) : room.blocks;
+    const int64_t all_bands = launcher_.shape.batch * bands;
+    const bool whole = bands == 1 && !chain.exchanges;  // nobody waits for anybody
+    int64_t most = places, clerks = 0;                  // blocks with bands
     if (chain.exchanges) {
       const int columns = std::max(e.k() + (transposed ? 0 : e.s()), 2 * e.s());
-      clerks = std::min<int64_t>((columns + candidate.warps - 1) / candidate.warps, places - blocks);
-      if (clerks < 1 || blocks > kMostBlocks) return false;
-    } else if (bands > 1 && blocks > places) {
-      return false;
+      clerks = (columns + candidate.warps - 1) / candidate.warps;
+      // In turns a clerk's time is short beside that of a step: few do.
+      clerks = fit == Fit::in_turns ? std::clamp<int64_t>(places / 16, 1, clerks)
+                                    : std::min<int64_t>(clerks, std::max<int64_t>(places - all_bands, 1));
+      most = std::min<int64_t>(places - clerks, kMostBlocks);
     }
-    if (blocks + clerks > INT32_MAX) return false;
-    how.cooperative = clerks > 0 || bands > 1;
+    int64_t blocks = all_bands;
+    if (fit == Fit::in_turns && !whole) {
+      // As equal as may be; bands of an image wait for each other, so without exchanges it is one launch's.
+      const int64_t together = chain.exchanges ? 1 : bands, groups = most / together, all = all_bands / together;
+      if (groups < 1) return false;
+      const int64_t rounds = (all + groups - 1) / groups;
+      blocks = (all + rounds - 1) / rounds * together;
+    }
+    if ((!whole && blocks > most) || all_bands > INT32_MAX) return false;
+    how.cooperative = !whole;
     how.grid = dim3(static_cast<unsigned>(blocks + clerks));
-    chain.bands = bands, chain.band_rows = band_rows, chain.blocks = static_cast<int>(blocks);
+    chain.bands = bands, chain.band_rows = band_rows;
+    chain.all_bands = static_cast<int>(all_bands), chain.blocks = static_cast<int>(blocks);
     chain.resident = resident;
     how_ = how, chosen_ = candidate;
     return true;
@@ -140,17 +172,23 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
             WARPS,
             MT,
             streams,
-            sizeof(ForwardTables<KT, ST, WARPS, MT>)};
+            sizeof(ForwardTables<KT, ST, WARPS, MT>),
+            false};
+  }
+  template <int KT, int ST, int WARPS, int MT>
+  static typename Base::Candidate with_turns() {
+    constexpr size_t kTables = sizeof(ForwardTables<KT, ST, WARPS, MT>);
+    return {forward_turns<Precision, KT, ST, WARPS, MT>, KT, ST, WARPS, MT, true, kTables, true};
   }
   static std::vector<typename Base::Candidate> candidates() {
     constexpr bool kWide = Base::kWide;
-    std::vector<typename Base::Candidate> all{candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(),
-                                              candidate<3, 2, 8, 2, kWide>(), candidate<3, 2, 8, 4, true>(),
-                                              candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, kWide>(),
-                                              candidate<1, 1, 8, 4, true>()};
+    std::vector<typename Base::Candidate> all{
+        candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(), candidate<3, 2, 8, 2, kWide>(),
+        candidate<3, 2, 8, 4, true>(),  candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, kWide>(),
+        candidate<1, 1, 8, 4, true>(),  with_turns<3, 2, 8, 2>(),       with_turns<1, 1, 8, 2>()};
     if constexpr (!kWide) {
-      all.insert(all.end(),
-                 {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(), candidate<10, 5, 8, 2, true>()});
+      all.insert(all.end(), {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
+                             candidate<10, 5, 8, 2, true>(), with_turns<10, 5, 8, 2>()});
     }
     return all;
   }
@@ -171,17 +209,24 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
             WARPS,
             MT,
             streams,
-            sizeof(BackwardTables<KT, ST, WARPS, MT>)};
+            sizeof(BackwardTables<KT, ST, WARPS, MT>),
+            false};
+  }
+  template <int KT, int ST, int WARPS, int MT>
+  static typename Base::Candidate with_turns() {
+    constexpr size_t kTables = sizeof(BackwardTables<KT, ST, WARPS, MT>);
+    return {backward_turns<Precision, KT, ST, WARPS, MT>, KT, ST, WARPS, MT, true, kTables, true};
   }
   static std::vector<typename Base::Candidate> candidates() {
     constexpr bool kWide = Base::kWide;
     std::vector<typename Base::Candidate> all{candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(),
                                               candidate<3, 2, 8, 2, kWide>(), candidate<1, 1, 4, 1, false>(),
-                                              candidate<1, 1, 8, 2, kWide>(), candidate<1, 1, 8, 4, true>()};
+                                              candidate<1, 1, 8, 2, kWide>(), candidate<1, 1, 8, 4, true>(),
+                                              with_turns<3, 2, 8, 2>(),       with_turns<1, 1, 8, 2>()};
     if constexpr (!kWide) {
       all.push_back(candidate<3, 2, 8, 4, true>());  // of four bytes has not enough registers
-      all.insert(all.end(),
-                 {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(), candidate<10, 5, 8, 2, true>()});
+      all.insert(all.end(), {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
+                             candidate<10, 5, 8, 2, true>(), with_turns<10, 5, 8, 2>()});
     }
     return all;
   }
@@ -282,21 +327,23 @@ class PersistentForward {
 
   bool takes() const { return !options_.stepwise && kernel_.takes(); }
 
-  int64_t workspace_bytes() {
+  int64_t workspace_bytes(bool keep) {
     Arena arena(nullptr);
-    take(arena);
+    take(arena, keep);
     return arena.bytes();
   }
 
   void run(const Tensors& tensors) {
+    const bool keep = tensors.saved != nullptr;
     Arena arena(tensors.workspace);
-    take(arena);
+    take(arena, keep);
     ForwardChain<Precision>& chain = kernel_.chain;
     for (int k = 0; k < kKinds; ++k) {
       const Pack pack = pack_of(static_cast<Kind>(k), false);
       pack_unit<Precision>(launcher_, chain.extents, pack, 0, tensors.units[0], packed_[k]);
     }
-    chain.x = chain.before = tensors.x, chain.y = tensors.y, chain.z = tensors.saved;
+    chain.x = chain.before = tensors.x, chain.y = tensors.y, chain.z = keep ? tensors.saved : z_;
+    chain.one_segment = !keep;
     chain.unit = tensors.units[0];
     chain.mean = tensors.statistics, chain.var = tensors.statistics + shape_.segments * shape_.rows();
     chain.eps = options_.eps;
@@ -309,9 +356,10 @@ class PersistentForward {
   }
 
  private:
-  void take(Arena& arena) {
+  void take(Arena& arena, bool keep) {
     ForwardChain<Precision>& chain = kernel_.chain;
     const Extents& e = chain.extents;
+    if (kernel_.turns() && !keep) z_ = arena.take<Storage>(e.pixels * e.z_rows());
     for (int k = 0; k < kKinds; ++k) {
       packed_[k] = arena.take<Storage>(packed_size<Precision>(e, pack_of(static_cast<Kind>(k), false), 0));
       chain.packed[k] = packed_[k];
@@ -327,6 +375,7 @@ class PersistentForward {
   const Launcher launcher_;
   ForwardKernel<Precision> kernel_;
   Storage* packed_[kKinds] = {};
+  Storage* z_ = nullptr;  // of one segment, in turns
 };
 
 template <class Precision>
@@ -411,7 +460,7 @@ class PersistentBackward : StagedBackward<Precision> {
     const FeatureMap<const Storage> left{between.data, between.batch, between.channel, between.row, between.column};
     chain.g = last + 1 == this->shape_.segments ? this->tensors_.grad_y : left;
     chain.g_before = first == 0 && !this->options_.need_input ? FeatureMap<Storage>{} : between;
-    chain.z = this->view_.z, chain.dz = this->options_.need_parameters ? this->view_.d : nullptr;
+    chain.z = this->view_.z, chain.dz = this->options_.need_parameters || chain_.turns() ? this->view_.d : nullptr;
     if (this->options_.need_parameters) chain.gradients = this->tensors_.grads[0];
     chain.need_gradients = this->options_.need_parameters;
     chain.batch_statistics = this->options_.batch_statistics;

@@ -28,7 +28,7 @@ struct BackwardChain : Chain<Precision> {
   FeatureMap<const Storage> g;   // gradient of the state behind the last segment
   FeatureMap<Storage> g_before;  // the same before the first, or null
   const Storage* z;              // (segments of the launch, pixels, z_rows)
-  Storage* dz;                   // the same of their gradients, or null
+  Storage* dz;                   // the same of their gradients, or null; in turns never null
   Tables<float> tables;
   UnitTensors<float*> gradients;  // of batch norms
   double count;
@@ -43,9 +43,10 @@ struct BackwardTables : BlockTables<KT, ST, warps, fragments> {
   float slope[kRows], constant[kRows];
 };
 
-template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
-class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
-  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, true>;
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool turns = false>
+class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams, true, turns> {
+ protected:
+  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, true, turns>;
   using typename Base::Bits;
   using typename Base::Storage;
   template <int tiles>
@@ -165,7 +166,7 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     this->store_map(chain_.g_before);
   }
 
- private:
+ protected:
   static GUNN_DEVICE int columns_of(Kind kind) { return 8 * (kind == Kind::project ? 2 * ST : KT); }
 
   // ---- Memory
@@ -175,8 +176,12 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
   }
   template <int pieces>
   GUNN_DEVICE void load(int segment, Norm norm, Packed<pieces>& z) const {
+    load(chain_.z, segment, norm, z);
+  }
+  template <int pieces>
+  GUNN_DEVICE void load(const Storage* map, int segment, Norm norm, Packed<pieces>& out) const {
     const Extents& extents = chain_.extents;
-    this->template load_rows<pieces>(chain_.z + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0), z);
+    this->template load_rows<pieces>(map + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0), out);
   }
   GUNN_DEVICE void load_outputs(int segment, Packed<SP>& z3, Packed<SP>& zs) const {
     load(segment, Norm::project, z3);
@@ -438,15 +443,19 @@ class BackwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, true> {
     const int g = lane_ / 4;
     (g < 2 ? tables_.a : tables_.b)[warp_][this->column_of(to, g % 2)] = mine;
   }
-  // The block's sums, to the clerks.
+  // The sums, to the clerks.
   GUNN_DEVICE void exchange(Kind kind, unsigned epoch) const {
+    float sum = 0, product = 0;
+    if (add_warps(kind, &sum, &product)) this->send_pair(kind, threadIdx.x, sum, product, epoch);
+  }
+  // The band's, of the thread's column, on top of what is there; false where it has none.
+  GUNN_DEVICE bool add_warps(Kind kind, float* sum, float* product) const {
     __syncthreads();
     const int mine = threadIdx.x;
-    if (!chain_.exchanges || mine >= columns_of(kind)) return;
-    if (place_of(chain_.extents, kind, Kind::project, mine).row < 0) return;
-    float sum = 0, product = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += tables_.a[warp][mine], product += tables_.b[warp][mine];
-    this->send_pair(kind, mine, sum, product, epoch);
+    if (!chain_.exchanges || mine >= columns_of(kind)) return false;
+    if (place_of(chain_.extents, kind, Kind::project, mine).row < 0) return false;
+    for (int warp = 0; warp < WARPS; ++warp) *sum += tables_.a[warp][mine], *product += tables_.b[warp][mine];
+    return true;
   }
   // b and c, for every thread.
   GUNN_DEVICE void settle(Kind kind, unsigned epoch) {

@@ -24,7 +24,8 @@ struct ForwardChain : Chain<Precision> {
 
   FeatureMap<const Storage> x, before;  // the state: `before` in the channels written before the first segment
   FeatureMap<Storage> y;                // the state behind the last segment, or null
-  Storage* z;                           // (segments of the launch, pixels, z_rows), or null
+  Storage* z;                           // (segments of the launch, pixels, z_rows), or null; in turns that or
+  bool one_segment;                     // (pixels, z_rows), every segment's
   UnitTensors<const float*> unit;       // batch norms
   Tables<float> tables;                 // with given statistics
   float *mean, *var;                    // (P, rows), with batch statistics
@@ -38,9 +39,10 @@ struct ForwardTables : BlockTables<KT, ST, warps, fragments> {
   alignas(16) float scale[2][kKinds][kColumns], shift[2][kKinds][kColumns];  // segments take turns
 };
 
-template <class Precision, int KT, int ST, int WARPS, int MT, bool streams>
-class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
-  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, false>;
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool turns = false>
+class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams, false, turns> {
+ protected:
+  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, false, turns>;
   using typename Base::Bits;
   using typename Base::Storage;
   template <int tiles>
@@ -147,7 +149,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
         reduce_steps(ahead, half, steps, first_late, last_late);
       }
       settle(Kind::project, i, epoch);
-      write_back(i, z3, z1);
+      write_back<(RP > KP ? KP : 0)>(i, z3, z1);
       // A warp reads the state of its own pixels only.
       __syncwarp();
       if (more) {
@@ -159,7 +161,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     this->store_map(chain_.y);
   }
 
- private:
+ protected:
   static GUNN_DEVICE int columns_of(Kind kind) {
     return 8 * (kind == Kind::reduce ? RT : kind == Kind::spatial ? KT : ST);
   }
@@ -183,8 +185,11 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
   GUNN_DEVICE void keep(int segment, Norm norm, const Packed<of>& values, int first_piece) const {
     if (chain_.z == nullptr) return;
     const Extents& extents = chain_.extents;
-    Storage* z = chain_.z + (segment - chain_.first_segment) * extents.pixels * extents.z_rows();
-    this->template store_rows<pieces, of>(z, extents.z_rows(), extents.z_row(norm, 0), values, first_piece);
+    this->template store_rows<pieces, of>(z_of(segment), extents.z_rows(), extents.z_row(norm, 0), values, first_piece);
+  }
+  GUNN_DEVICE Storage* z_of(int segment) const {
+    const int at = turns && chain_.one_segment ? 0 : segment - chain_.first_segment;
+    return chain_.z + at * chain_.extents.pixels * chain_.extents.z_rows();
   }
 
   // Steps of channels in [from, to), but for those in [first_late, last_late].
@@ -277,11 +282,17 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
         Base::pack([&](int v) { return relu(normed(segment, kind, column + v, Bits::value(bits, v))); }));
   }
 
-  // The block's mean and squared deviations of every column, sent to the clerks.
+  // Mean and squared deviations of every column, sent to the clerks.
   template <int pieces>
   GUNN_DEVICE void exchange(Kind kind, const Packed<pieces>& z, unsigned epoch) {
-    constexpr int tiles = pieces / Bits::kOfTile;
     if (!chain_.exchanges) return __syncthreads();
+    float mean = 0, squares = 0;
+    if (moments(kind, z, &mean, &squares)) this->send_pair(kind, threadIdx.x, mean, squares, epoch);
+  }
+  // Those of the band, of the thread's column; false where it has none.
+  template <int pieces>
+  GUNN_DEVICE bool moments(Kind kind, const Packed<pieces>& z, float* mean_out, float* squares_out) {
+    constexpr int tiles = pieces / Bits::kOfTile;
     // The lane's two columns of a tile.
     const auto each_value = [&](int n, const auto& visit) {
       this->each_row([&](int mt, int half, int m) {
@@ -316,18 +327,18 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     }
     __syncthreads();
     const int mine = threadIdx.x;
-    if (mine < 8 * tiles && place_of(chain_.extents, kind, Kind::reduce, mine).row >= 0) {
-      float mean = 0, squares = 0;
-      const int count = this->pinned(count_);
-      const auto values = [&](int warp) { return static_cast<float>(max(0, min(count - warp * 16 * MT, 16 * MT))); };
-      for (int warp = 0; warp < WARPS; ++warp) mean += values(warp) * tables_.a[warp][mine];
-      mean /= static_cast<float>(count_);
-      for (int warp = 0; warp < WARPS; ++warp) {
-        const float apart = tables_.a[warp][mine] - mean;
-        squares += tables_.b[warp][mine] + values(warp) * (apart * apart);
-      }
-      this->send_pair(kind, mine, mean, squares, epoch);
+    if (mine >= 8 * tiles || place_of(chain_.extents, kind, Kind::reduce, mine).row < 0) return false;
+    float mean = 0, squares = 0;
+    const int count = this->pinned(count_);
+    const auto values = [&](int warp) { return static_cast<float>(max(0, min(count - warp * 16 * MT, 16 * MT))); };
+    for (int warp = 0; warp < WARPS; ++warp) mean += values(warp) * tables_.a[warp][mine];
+    mean /= static_cast<float>(count_);
+    for (int warp = 0; warp < WARPS; ++warp) {
+      const float apart = tables_.a[warp][mine] - mean;
+      squares += tables_.b[warp][mine] + values(warp) * (apart * apart);
     }
+    *mean_out = mean, *squares_out = squares;
+    return true;
   }
   // Scale and shift of the stage, for every thread.
   GUNN_DEVICE void settle(Kind kind, int segment, unsigned epoch) const {
@@ -342,7 +353,9 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
     __syncthreads();
   }
 
-  GUNN_DEVICE void write_back(int segment, const Packed<SP>& z3, const Packed<RP>& z1) const {
+  // The shortcut's pieces are those of zs from `first` on.
+  template <int first, int of>
+  GUNN_DEVICE void write_back(int segment, const Packed<SP>& z3, const Packed<of>& zs) const {
     const Extents& extents = chain_.extents;
     const int s = extents.segment;
     this->each_row([&](int mt, int half, int m) {
@@ -351,7 +364,7 @@ class ForwardBlock : PixelBlock<Precision, KT, ST, WARPS, MT, streams, false> {
       for (int p = 0; p < SP; ++p) {
         const int channel = this->column(p), in_state = segment * s + channel;
         if (channel >= s) continue;
-        const uint32_t own = z3[mt][p][half], shortcut = z1[mt][RP > KP ? KP + p : 0][half];
+        const uint32_t own = z3[mt][p][half], shortcut = zs[mt][first + p][half];
         const bool all = this->even_segments();
         uint32_t before = 0;
         if (all && extents.residual) before = this->bits_at(m, in_state);
@@ -392,7 +405,7 @@ GUNN_DEVICE void combine_statistics(const ForwardChain<Precision>& chain) {
   const int lane = threadIdx.x % 32, blocks = chain.blocks;
   const ClerkWarp warp(blocks);
   const float all = static_cast<float>(extents.pixels);
-  const auto values = [&](int block) { return static_cast<float>(chain.pixels_of(block)); };
+  const LanePixels values(chain);
   for (int i = chain.first_segment; i <= chain.last_segment; ++i) {
     const unsigned epoch = i + 1;
     GUNN_UNROLL
@@ -409,14 +422,14 @@ GUNN_DEVICE void combine_statistics(const ForwardChain<Precision>& chain) {
         float sum = 0, squares = 0;
         GUNN_UNROLL
         for (int j = 0; j < LanePairs::kEach; ++j) {
-          if (j < pairs.count) sum += values(lane + 32 * j) * pairs.a(j);
+          if (j < pairs.count) sum += values.of[j] * pairs.a(j);
         }
         const float mean = over_lanes(sum) / all;
         GUNN_UNROLL
         for (int j = 0; j < LanePairs::kEach; ++j) {
           if (j >= pairs.count) break;
           const float apart = pairs.a(j) - mean;
-          squares += pairs.b(j) + values(lane + 32 * j) * (apart * apart);
+          squares += pairs.b(j) + values.of[j] * (apart * apart);
         }
         const float var = over_lanes(squares) / all;
         if (lane != 0) continue;

@@ -3,6 +3,9 @@
 //
 // Owns:      compute block b has band b % bands of image b / bands: WARPS warps of 16 * MT pixels each. Clerk blocks,
 //            behind them, have no pixels: each of their warps combines columns of an exchange.
+// Turns:     of more bands than blocks at once. Without exchanges they are several launches', images as a whole. With
+//            exchanges a block has every `blocks`-th band and does each step for all of them before the exchange; what
+//            a band has between steps lies in memory (turns_forward.cuh, turns_backward.cuh).
 // Exchanges: three a segment, one for each Kind. A compute block sends two numbers of its pixels for each column; a
 //            clerk's warp takes the words of all blocks, in a fixed tree, and sends two numbers back. Two hops through
 //            L2, no barrier of the grid. A slot is used again one segment later: by then every block has received the
@@ -66,19 +69,21 @@ struct Chain {
   Extents extents;
   const Storage* packed[kKinds];          // weights.cuh
   Word *words[kKinds], *results[kKinds];  // (columns, 2, blocks), (columns, 2)
-  Word* edges;                            // (2 turns, blocks, upper and lower, registers of a row's k)
-  Storage* streamed;                      // (blocks, pieces of streamed channels, pixels of a block)
-  int bands, band_rows, blocks;           // bands of an image and their rows, the last one's fewer; blocks with pixels
+  Word* edges;                            // (2 turns, all bands, upper and lower, registers of a row's k)
+  Storage* streamed;                      // (blocks, pieces of streamed channels, pixels of a block); in turns of bands
+  int bands, band_rows;                   // of an image, and their rows, the last one's fewer
+  int all_bands, first_band;              // of the batch; the first block's
+  int blocks;                             // with pixels
   int resident;                           // channels in shared memory, a multiple of 16
   int first_segment, last_segment;        // of this launch
   bool exchanges;
 
   __host__ GUNN_DEVICE int streamed_channels() const { return (extents.channels + 15) / 16 * 16 - resident; }
-  GUNN_DEVICE int rows_of(int block) const { return min(band_rows, extents.height - block % bands * band_rows); }
-  GUNN_DEVICE int pixels_of(int block) const { return rows_of(block) * extents.width; }
-  // Of the block's first pixel, among those of the batch.
-  GUNN_DEVICE int64_t first_pixel(int block) const {
-    return (static_cast<int64_t>(block / bands) * extents.height + block % bands * band_rows) * extents.width;
+  GUNN_DEVICE int rows_of(int band) const { return min(band_rows, extents.height - band % bands * band_rows); }
+  GUNN_DEVICE int pixels_of(int band) const { return rows_of(band) * extents.width; }
+  // Of the band's first pixel, among those of the batch.
+  GUNN_DEVICE int64_t first_pixel(int band) const {
+    return (static_cast<int64_t>(band / bands) * extents.height + band % bands * band_rows) * extents.width;
   }
 };
 
@@ -145,6 +150,23 @@ struct ClerkWarp {
       : mine((blockIdx.x - blocks) * (blockDim.x / 32) + threadIdx.x / 32),
         all((gridDim.x - blocks) * (blockDim.x / 32)) {}
 };
+// Pixels of the blocks that are the lane's, lane + 32 * j.
+struct LanePixels {
+  float of[kMostBlocks / 32] = {};
+
+  template <class Precision>
+  GUNN_DEVICE explicit LanePixels(const Chain<Precision>& chain) {
+    GUNN_UNROLL
+    for (int j = 0; j < kMostBlocks / 32; ++j) {
+      const int block = threadIdx.x % 32 + 32 * j;
+      int pixels = 0;
+      for (int band = block; block < chain.blocks && band < chain.all_bands; band += chain.blocks) {
+        pixels += chain.pixels_of(band);
+      }
+      of[j] = static_cast<float>(pixels);
+    }
+  }
+};
 // Both numbers of the blocks that are the lane's, lane + 32 * j, of one column.
 struct LanePairs {
   static constexpr int kEach = kMostBlocks / 32;
@@ -167,7 +189,7 @@ GUNN_DEVICE Value over_lanes(Value value) {
   return value;
 }
 
-template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool transposed>
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool transposed, bool turns>
 class PixelBlock {
  protected:
   using Storage = typename Precision::Storage;
@@ -191,14 +213,34 @@ class PixelBlock {
         shared_(shared),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        count_(chain.pixels_of(blockIdx.x)),
-        streamed_(chain.streamed + static_cast<int64_t>(blockIdx.x) * kPixels * chain.streamed_channels()),
+        band_(chain.first_band + blockIdx.x),
+        count_(chain.pixels_of(band_)),
+        streamed_(copy_of(blockIdx.x)),
         tables_(*reinterpret_cast<Tables*>(shared + layout_.tables)) {
     const int width = chain.extents.width;
     for (int m = threadIdx.x; m < kPixels; m += kThreadCount) {
-      const int inside = min(m, count_ - 1);
+      const int inside = min(m, chain.band_rows * width - 1);
       tables_.hidden_at[m] =
           layout_.hidden + ((inside / width + 1) * (width + 2) + inside % width + 1) * layout_.hidden_stride;
+    }
+  }
+
+  // ---- The band that the block is at: in turns all of its bands, each after a barrier
+
+  GUNN_DEVICE void enter(int band) {
+    band_ = band, count_ = base_.pixels_of(band);
+    streamed_ = copy_of(band);
+  }
+  GUNN_DEVICE Storage* copy_of(int64_t place) const {
+    return base_.streamed + place * kPixels * base_.streamed_channels();
+  }
+  // Calls work(whether it is the last one).
+  template <class Work>
+  GUNN_DEVICE void each_band(const Work& work) {
+    GUNN_ROLLED
+    for (enter(blockIdx.x); band_ < base_.all_bands; enter(band_ + base_.blocks)) {
+      __syncthreads();  // what the band before has in shared memory has been read
+      work(band_ + base_.blocks >= base_.all_bands);
     }
   }
 
@@ -255,7 +297,8 @@ class PixelBlock {
   // ---- The ring: weights in the order in which they are multiplied, slot by slot, some slots ahead
   //
   // Forward, of each segment: reduce, once more where the segment before has written, spatial. Backward, last to first:
-  // spatial, of the reduce where the segment before will read, then all of it.
+  // spatial, of the reduce where the segment before will read, then all of it. In turns each for all bands, and of the
+  // backward's reduce all at once.
 
   struct Steps {
     int first, last;
@@ -272,6 +315,7 @@ class PixelBlock {
   // `whole`: the backward wants the reduce of its first segment.
   GUNN_DEVICE void start_ring(bool whole) {
     next_segment_ = transposed ? base_.last_segment : base_.first_segment, whole_ = whole;
+    turn_ = next_slot_ = 0;
     GUNN_ROLLED
     for (int place = 0; place < kSlots - 1; ++place) fetch_slot(place);
   }
@@ -284,20 +328,27 @@ class PixelBlock {
     return slot;
   }
   GUNN_DEVICE void fetch_slot(int place) {
-    const Steps late = late_steps(next_segment_);
-    const int all = all_steps().slots(), in_order = next_slot_ - (transposed ? kSpatialSlots : all);
-    const bool spatial = transposed ? in_order < 0 : in_order >= late.slots();
+    const Steps late = transposed && turns ? Steps{0, -1} : late_steps(next_segment_);
+    const int all = all_steps().slots(), reduce = all + late.slots();
+    const int times = turns ? (base_.all_bands - blockIdx.x + base_.blocks - 1) / base_.blocks : 1;
+    const int begin = times * (transposed ? kSpatialSlots : reduce);  // of what comes behind
+    const bool spatial = (next_slot_ >= begin) != transposed;
     const bool wanted = transposed ? next_segment_ > base_.first_segment ||
                                          (next_segment_ == base_.first_segment && (spatial || whole_))
                                    : next_segment_ <= base_.last_segment;
     if (wanted) {
-      const int slot = in_order < 0              ? next_slot_
-                       : in_order < late.slots() ? late.first / kSlotSteps + in_order
-                                                 : in_order - late.slots();
+      int slot = next_slot_ < begin ? next_slot_ : next_slot_ - begin;
+      if (turns) slot %= spatial ? kSpatialSlots : reduce;
+      if (!spatial) {  // the late ones come last, backward first
+        const int late_begin = transposed ? 0 : all, in_late = slot - late_begin;
+        slot = in_late >= 0 && in_late < late.slots() ? late.first / kSlotSteps + in_late
+               : transposed                           ? slot - late.slots()
+                                                      : slot;
+      }
       copy_slot(shared_ + layout_.ring + place * layout_.slot, spatial ? Kind::spatial : Kind::reduce, slot);
     }
     copy_async_commit();
-    if (++next_slot_ < all + late.slots() + kSpatialSlots) return;
+    if (++next_slot_ < times * (reduce + kSpatialSlots)) return;
     next_slot_ = 0, next_segment_ += transposed ? -1 : 1;
   }
   // Two chunks of depth of all rows, packed in tiles of 64; of the transposed reduce, whose rows are channels, all
@@ -376,12 +427,11 @@ class PixelBlock {
   GUNN_DEVICE bool has_shortcut() const { return !kRing && base_.extents.shortcut; }
   // Whether segments begin and end between registers.
   GUNN_DEVICE bool even_segments() const { return kRing || base_.extents.segment % kEach == 0; }
-  // Pixel m of the block, from the beginning of its image.
+  // Pixel m of the band, from the beginning of its image.
   template <class Scalar>
   GUNN_DEVICE Scalar* pixel_of(const FeatureMap<Scalar>& map, int m) const {
-    const int width = base_.extents.width, row = blockIdx.x % base_.bands * base_.band_rows + m / width;
-    return map.data + static_cast<int64_t>(blockIdx.x / base_.bands) * map.batch + row * map.row +
-           m % width * map.column;
+    const int width = base_.extents.width, row = band_ % base_.bands * base_.band_rows + m / width;
+    return map.data + static_cast<int64_t>(band_ / base_.bands) * map.batch + row * map.row + m % width * map.column;
   }
   // The map from tensors, channels below `written` from `before`; and zeros around the hidden activations.
   GUNN_DEVICE void load_map(const FeatureMap<const Storage>& before, const FeatureMap<const Storage>& from,
@@ -410,7 +460,7 @@ class PixelBlock {
 
   // ---- Pixel-major maps in memory, of which the block has rows [first_pixel, first_pixel + count)
 
-  GUNN_DEVICE int64_t first_of_lane() const { return base_.first_pixel(blockIdx.x) + first_row(0) + lane_ / 4; }
+  GUNN_DEVICE int64_t first_of_lane() const { return base_.first_pixel(band_) + first_row(0) + lane_ / 4; }
   // Pieces of each of the lane's pixels from channel `row` on, zero beyond the block's.
   template <int pieces>
   GUNN_DEVICE void load_rows(const Storage* map, int step, int row, Packed<pieces>& out) const {
@@ -462,9 +512,9 @@ class PixelBlock {
     });
   }
   // The first and last row of the band, raw, for the bands beside it.
-  GUNN_DEVICE Word* edge(int block, int lower, unsigned epoch) const {
+  GUNN_DEVICE Word* edge(int band, int lower, unsigned epoch) const {
     const int64_t words = base_.extents.width * 4 * KP;
-    return base_.edges + ((epoch % 2 * base_.blocks + block) * 2 + lower) * words;
+    return base_.edges + ((epoch % 2 * base_.all_bands + band) * 2 + lower) * words;
   }
   template <int pieces>
   GUNN_DEVICE void send_edges(const Packed<pieces>& values, unsigned epoch) const {
@@ -474,7 +524,7 @@ class PixelBlock {
       for (int lower = 0; lower < 2; ++lower) {
         const int column = lower ? m - (count_ - width) : m;
         if (column < 0 || column >= width || m >= count_) continue;
-        Word* to = edge(blockIdx.x, lower, epoch) + column * 4 * KP + lane_ % 4;
+        Word* to = edge(band_, lower, epoch) + column * 4 * KP + lane_ % 4;
         GUNN_UNROLL
         for (int p = 0; p < KP; ++p) send_bits(to + 4 * p, values[mt][p][half], epoch);
       }
@@ -483,7 +533,7 @@ class PixelBlock {
   // What neighbours have sent, into the border: what finish(pixel of the batch, first column, raw bits) makes of them.
   template <class Finish>
   GUNN_DEVICE void receive_edges(unsigned epoch, const Finish& finish) const {
-    const int band = blockIdx.x % base_.bands, width = base_.extents.width;
+    const int band = band_ % base_.bands, width = base_.extents.width;
     constexpr int kTogether = 4;
     const int words = width * 4 * KP;
     // The upper neighbour's lower edge goes above the first row, the lower one's upper edge below the last.
@@ -492,18 +542,28 @@ class PixelBlock {
       uint32_t raw[kTogether];
       receive(raw, epoch, "a neighbour's row", [&](int j) -> const Word* {
         const int e = first + j * kThreadCount, lower = e >= words;
-        return e < end ? edge(blockIdx.x + (lower ? 1 : -1), 1 - lower, epoch) + e - lower * words : nullptr;
+        return e < end ? edge(band_ + (lower ? 1 : -1), 1 - lower, epoch) + e - lower * words : nullptr;
       });
       GUNN_UNROLL
       for (int j = 0; j < kTogether; ++j) {
         const int e = first + j * kThreadCount, lower = e >= words, at = e - lower * words;
         if (e >= end) break;
         const int column = at / (4 * KP), channel = at % (4 * KP) * kEach;
-        const int row = lower ? base_.rows_of(blockIdx.x) + 1 : 0;
+        const int row = lower ? base_.rows_of(band_) + 1 : 0;
         Storage* to = shared_ + layout_.hidden + (row * (width + 2) + column + 1) * layout_.hidden_stride + channel;
-        const int64_t pixel = base_.first_pixel(blockIdx.x) + (lower ? count_ : -width) + column;
+        const int64_t pixel = base_.first_pixel(band_) + (lower ? count_ : -width) + column;
         *reinterpret_cast<uint32_t*>(to) = finish(pixel, channel, raw[j]);
       }
+    }
+  }
+  // Zeros above the first row of an image and below its last one, where the band before may have had a neighbour's.
+  GUNN_DEVICE void clear_border() const {
+    const int band = band_ % base_.bands, elements = (base_.extents.width + 2) * layout_.hidden_stride;
+    GUNN_UNROLL
+    for (int lower = 0; lower < 2; ++lower) {
+      if (band != (lower ? base_.bands - 1 : 0)) continue;
+      Storage* row = shared_ + layout_.hidden + (lower ? base_.rows_of(band_) + 1 : 0) * elements;
+      for (int e = threadIdx.x; e < elements; e += kThreadCount) row[e] = from_float<Storage>(0.0f);
     }
   }
   // The 3x3 convolution; transposed, with the opposite offsets.
@@ -652,7 +712,8 @@ class PixelBlock {
   const Chain<Precision>& base_;
   const ChainLayout<Precision> layout_;
   Storage* shared_;
-  const int warp_, lane_, count_;
+  const int warp_, lane_;
+  int band_, count_;  // where the block is, and its pixels
   Storage* streamed_;
   Tables& tables_;
 

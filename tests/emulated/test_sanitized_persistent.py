@@ -11,7 +11,15 @@ import re
 import faults
 import pytest
 
-TRAIN = ("persistent_one_segment", "persistent_images", "persistent_bands", "persistent_eights", "persistent_ring")
+TRAIN = (
+    "persistent_one_segment",
+    "persistent_images",
+    "persistent_bands",
+    "persistent_eights",
+    "persistent_turns",
+    "persistent_ring",
+    "persistent_ring_turns",
+)
 SMALL = tuple(f"{case}{mode}" for case in TRAIN for mode in ("", "_given"))
 CASES = (
     *SMALL,
@@ -24,6 +32,8 @@ CASES = (
     "persistent_no_input",
     "persistent_no_parameters",
     "persistent_given_no_parameters",
+    "persistent_turns_no_input",
+    "persistent_turns_no_parameters",
 )
 DTYPES = ("bfloat16", "tensor_float32")  # of each size of values
 BUILT = tuple((dtype, flavour) for dtype in DTYPES for flavour in ("plain", "thread", "address"))

@@ -503,6 +503,12 @@ const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
       {"persistent_eights_channels_last",
        on(2, {{1, 32, 8, 8, 4, 1, 1, true, true}, true, true, true, Layout::channels_last})},
       {"persistent_eights_given", on(2, given({{1, 32, 16, 8, 4, 1, 1, true, true}}))},
+      // Two blocks: six bands with an exchange; else four, an image after the other.
+      {"persistent_turns", on(3, {{2, 16, 3, 200, 4, 2, 1, true, true}})},
+      {"persistent_turns_given", on(3, given({{2, 16, 3, 200, 4, 2, 1, true, true}}))},
+      {"persistent_turns_no_input",
+       on(3, {{5, 12, 3, 7, 3, 2, 1, true, false}, true, false, true, Layout::channels_last})},
+      {"persistent_turns_no_parameters", on(3, {{5, 12, 3, 7, 3, 2, 1, false, true}, true, true, false})},
   };
   return all;
 }
@@ -511,6 +517,8 @@ inline const std::vector<std::pair<const char*, Setup>>& ring_setups() {
   static const std::vector<std::pair<const char*, Setup>> all = {
       {"persistent_ring", on(3, {{1, 120, 3, 40, 3, 2, 1, false, true}})},
       {"persistent_ring_given", on(3, given({{1, 120, 3, 40, 3, 2, 1, false, true}}))},
+      {"persistent_ring_turns", on(3, {{2, 120, 2, 130, 3, 2, 1, false, true}})},
+      {"persistent_ring_turns_given", on(3, given({{2, 120, 2, 130, 3, 2, 1, false, true}}))},
       {"persistent_ring_streamed", on(2, {{1, 114, 5, 6, 3, 2, 1, false, false}}, 66)},  // k 76, s 38
   };
   return all;
