@@ -236,7 +236,8 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
       : Base(launcher, extents, "persistent_backward", exchanges, candidates()) {}
 };
 
-// Gradients of weights from what chains leave, for blocks of segments.
+// Gradients of weights from what chains leave, for blocks of segments; those that are not taken are the staged
+// driver's.
 template <class Precision>
 class WeightProducts {
   using Storage = typename Precision::Storage;
@@ -247,48 +248,68 @@ class WeightProducts {
     if constexpr (sizeof(Storage) == 2) {
       if (extents.k() == 24 && extents.s() == 16) choose<3, 2>();
       if (extents.k() == 8 && extents.s() == 8) choose<1, 1>();
+      if (extents.k() == 80 && extents.s() == 40 && !extents.shortcut) hidden_ = hidden_weights<Precision, 10, 5>;
     }
-    if (input_ == nullptr || extents.width > HiddenWeights::kMostPixels) return;
     input_how_ = {"input_weights", dim3(1), dim3(InputWeights::kThreadCount), 0, launcher.stream, &launcher.shape};
-    input_how_.shared = InputWeights::shared_bytes<Storage>(extents);
     hidden_how_ = {"hidden_weights", dim3(1), dim3(HiddenWeights::kThreadCount), 0, launcher.stream, &launcher.shape};
-    hidden_how_.shared = HiddenWeights::shared_bytes<Storage>(extents);
-    const Room input = ask(input_how_, input_), hidden = ask(hidden_how_, hidden_);
-    takes_ = input.blocks > 0 && hidden.blocks > 0;
-    places_[0] = input.blocks, places_[1] = hidden.blocks;
+    if (input_ != nullptr) {
+      input_how_.shared = InputWeights::shared_bytes<Storage>(extents);
+      input_places_ = ask(input_how_, input_).blocks;
+    }
+    if (hidden_ != nullptr && extents.width <= HiddenWeights::most_pixels(extents.k()) && hidden_bands() <= 1 << 30) {
+      hidden_how_.shared = HiddenWeights::shared_bytes<Storage>(extents);
+      hidden_places_ = ask(hidden_how_, hidden_).blocks;
+    }
   }
 
-  bool takes() const { return takes_; }
+  bool takes(Which which) const { return which == Which::reduce ? input_places_ > 0 : hidden_places_ > 0; }
 
   // For blocks of at most `block` segments. Ranges, and with them the order of sums, are such that `usual` ones fill
   // the device once.
   void take(Arena& arena, int64_t block, int64_t usual) {
-    const int64_t bands = launcher_.shape.batch * HiddenWeights::bands(extents_), pairs = (usual + 1) / 2;
+    const int64_t pairs = (usual + 1) / 2;
     const auto range_of = [](int64_t all, int64_t ranges, int64_t multiple) {
       return round_up((all + ranges - 1) / ranges, multiple);
     };
-    input_range_ = range_of(extents_.pixels, std::clamp<int64_t>(places_[0] / pairs, 1, kMostRanges), kLeastRange);
-    hidden_range_ = range_of(bands, std::clamp<int64_t>(places_[1] / usual, 1, kMostRanges), 1);
-    ranges_[0] = (extents_.pixels + input_range_ - 1) / input_range_;
-    ranges_[1] = ranges_[2] = (bands + hidden_range_ - 1) / hidden_range_;
+    if (takes(Which::reduce)) {
+      const int64_t ranges = std::clamp<int64_t>(input_places_ / pairs, 1, kMostRanges);
+      input_range_ = range_of(extents_.pixels, ranges, kLeastRange);
+      ranges_[0] = (extents_.pixels + input_range_ - 1) / input_range_;
+    }
+    if (takes(Which::spatial)) {
+      const int64_t bands = hidden_bands(), ranges = hidden_places_ / (usual * HiddenWeights::parts(extents_));
+      hidden_range_ = range_of(bands, std::clamp<int64_t>(ranges, 1, kMostRanges), 1);
+      ranges_[1] = ranges_[2] = (bands + hidden_range_ - 1) / hidden_range_;
+    }
     for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
+      if (!takes(which)) continue;
       const GradientShape size = gradient_shape(extents_, which, 0);
       const int w = static_cast<int>(which);
       partials_[w] = arena.take<float>(block * ranges_[w] * size.rows * size.width);
     }
   }
   void run(const View<Precision>& view, int64_t first, int64_t count) const {
-    Launch input = input_how_, hidden = hidden_how_;
-    input.grid = dim3(static_cast<unsigned>((count + 1) / 2), static_cast<unsigned>(ranges_[0]));
-    hidden.grid = dim3(static_cast<unsigned>(ranges_[1]), static_cast<unsigned>(count));
     const int segment = static_cast<int>(first);
-    launch(input, input_, view, segment, static_cast<int>(count), input_range_, partials_[0]);
-    launch(hidden, hidden_, view, segment, hidden_range_, partials_[1], partials_[2]);
+    if (takes(Which::reduce)) {
+      Launch how = input_how_;
+      how.grid = dim3(static_cast<unsigned>((count + 1) / 2), static_cast<unsigned>(ranges_[0]));
+      launch(how, input_, view, segment, static_cast<int>(count), input_range_, partials_[0]);
+    }
+    if (takes(Which::spatial)) {
+      Launch how = hidden_how_;
+      how.grid = dim3(static_cast<unsigned>(ranges_[1]), static_cast<unsigned>(count),
+                      static_cast<unsigned>(HiddenWeights::parts(extents_)));
+      launch(how, hidden_, view, segment, static_cast<int>(hidden_range_), static_cast<int>(hidden_bands()),
+             partials_[1], partials_[2]);
+    }
   }
   const float* partials(Which which) const { return partials_[static_cast<int>(which)]; }
   int64_t ranges(Which which) const { return ranges_[static_cast<int>(which)]; }
 
  private:
+  // Of all images; the width is one that fits.
+  int64_t hidden_bands() const { return launcher_.shape.batch * HiddenWeights::bands(extents_); }
+
   static constexpr int64_t kMostRanges = 64, kLeastRange = 4 * InputWeights::kChunk;
 
   template <int KT, int ST>
@@ -305,10 +326,9 @@ class WeightProducts {
   const Launcher& launcher_;
   const Extents& extents_;
   void (*input_)(View<Precision>, int, int, int64_t, float*) = nullptr;
-  void (*hidden_)(View<Precision>, int, int64_t, float*, float*) = nullptr;
+  void (*hidden_)(View<Precision>, int, int, int, float*, float*) = nullptr;
   Launch input_how_{}, hidden_how_{};
-  bool takes_ = false;
-  int64_t places_[2] = {}, input_range_ = 0, hidden_range_ = 0, ranges_[3] = {};
+  int64_t input_places_ = 0, hidden_places_ = 0, input_range_ = 0, hidden_range_ = 0, ranges_[3] = {};
   float* partials_[3] = {};
 };
 
@@ -432,9 +452,9 @@ class PersistentBackward : StagedBackward<Precision> {
   bool recomputes() const { return !kept_ && recompute_.takes(); }
 
   void take(Arena& arena, Storage* saved, bool x_as_it_is, bool y_as_it_is) {
-    const bool products = this->options_.need_parameters && products_.takes();
-    Staged::take(arena, saved, x_as_it_is, y_as_it_is, {budget(), true, products});
-    if (products) products_.take(arena, this->block_, this->usual_block_);
+    Staged::take(arena, saved, x_as_it_is, y_as_it_is,
+                 {budget(), true, products_.takes(Which::reduce), products_.takes(Which::spatial)});
+    if (this->options_.need_parameters) products_.take(arena, this->block_, this->usual_block_);
     if (!this->options_.need_input) g_between_ = this->template take_copy<Storage>(arena, true);
     for (int k = 0; k < kKinds; ++k) {
       chain_.chain.packed[k] = this->packed(pack_of(static_cast<Kind>(k), true), 0);
@@ -471,9 +491,14 @@ class PersistentBackward : StagedBackward<Precision> {
 
   void weights(int64_t first, int64_t count) const {
     if (!this->options_.need_parameters) return;
-    if (!products_.takes()) return Staged::weights(first, count);
     products_.run(this->view_, first, count);
+    if (!products_.takes(Which::reduce)) this->template launch_weights<Which::reduce, true>(first, count, 0);
+    if (!products_.takes(Which::spatial)) {
+      this->template launch_weights<Which::spatial, true>(first, count, 0);
+      this->template launch_weights<Which::project, true>(first, count, 0);
+    }
     for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
+      if (!products_.takes(which)) continue;
       this->launch_sums(products_.partials(which), products_.ranges(which), which, first, count, 0);
     }
   }

@@ -423,11 +423,11 @@ class StagedBackward : protected StagedPass<Precision> {
   struct ChainOwner {
     int64_t budget;  // bytes of a block of segments
     bool ready;
-    bool products;  // it makes the gradients of weights, too
+    bool makes_reduce, makes_rest;  // it makes the gradients of dW1; of dW2 and dW3
   };
   ChainOwner own_chain() const {
     const int64_t x = this->shape_.channels * this->view_.extents.pixels * static_cast<int64_t>(sizeof(Storage));
-    return {std::max<int64_t>(kLeastBudget, x), false, false};
+    return {std::max<int64_t>(kLeastBudget, x), false, false, false};
   }
 
   static constexpr int64_t kLeastBudget = int64_t{32} << 20;  // bytes
@@ -460,15 +460,16 @@ class StagedBackward : protected StagedPass<Precision> {
     this->view_.y = y_copy_ ? y_copy_ : tensors_.y.data;
     this->view_.x_step = this->view_.y_step = this->pixel_step();
     if (!g_in_place_ && !ready_) g_ = this->template take_copy<Wide>(arena, true);
-    if (!this->options_.need_parameters || owner.products) return;
+    if (!this->options_.need_parameters) return;
     int64_t elements = 0;
     for (int m = 0; m < e.units; ++m) {
       for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
+        if (which == Which::reduce ? owner.makes_reduce : owner.makes_rest) continue;
         const GradientShape size = gradient_shape(e, which, m);
         elements = std::max(elements, ranges(which, m) * size.rows * size.width);
       }
     }
-    partials_ = arena.take<Wide>(block_ * elements);
+    if (elements > 0) partials_ = arena.take<Wide>(block_ * elements);
   }
 
   // How a unit's weight gradients are computed: the product's tiles, and the ranges that pixels are split over. Large

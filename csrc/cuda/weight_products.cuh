@@ -2,13 +2,14 @@
 // one unit in 16-bit dtypes: products whose depth is pixels, of all segments of a launch.
 //
 //   input_weights    dW1 | dWs = [dz1, dzs]ᵀ · state      all of a segment's rows and columns in one block
-//   hidden_weights   dW2 = dz2ᵀ · taps of h1, dW3 = dz3ᵀ · h2
+//   hidden_weights   dW2 = dz2ᵀ · taps of h1, dW3 = dz3ᵀ · h2; of k 80 in three parts
 //
-// Owns:      block (pair of segments, range of pixels), or (segment, range of bands of rows). Sums stay in registers.
+// Owns:      block (pair of segments, range of pixels), or (part, segment, range of bands of rows). Sums stay in
+//            registers.
 // Leaves:    partial sums of its range; sum_partials adds the ranges in order.
 // Barriers:  one a chunk of pixels; two a band.
 // Costs:     the state is read once for two segments, by asynchronous copies some chunks ahead; z1, z2, dz2, dz3 once,
-//            the rows beside a band twice. 2*pixels*(n*(k + s) + 9*k^2 + k*s) FLOPs.
+//            the rows beside a band twice, in parts z1 and dz2 for each. 2*pixels*(n*(k + s) + 9*k^2 + k*s) FLOPs.
 //
 // Pixels are rows in shared memory, of an odd number of 16-byte pieces: eight of them lie in different banks, and are
 // read transposed.
@@ -197,11 +198,22 @@ __global__ void __launch_bounds__(InputWeights::kThreadCount, 1)
 // ---- dW2 and dW3
 
 struct HiddenWeights {
-  static constexpr int kWarps = 8, kThreadCount = 32 * kWarps, kMostPixels = 256;
+  static constexpr int kWarps = 8, kThreadCount = 32 * kWarps;
+  // A job is 16 rows of a product: first those of dW2ᵀ, tap by tap in eights, then those of dW3.
+  static constexpr int kJobsOfWarp = 2, kJobsOfPart = kJobsOfWarp * kWarps;
+  static __host__ GUNN_DEVICE constexpr int spatial_jobs(int k_tiles) { return (9 * k_tiles + 1) / 2; }
+  static __host__ GUNN_DEVICE constexpr int jobs(int k_tiles, int s_tiles) {
+    return spatial_jobs(k_tiles) + (s_tiles + 1) / 2;
+  }
+  static int parts(const Extents& extents) {
+    return (jobs(extents.k() / 8, extents.s() / 8) + kJobsOfPart - 1) / kJobsOfPart;
+  }
+  // Of a band: two blocks find room on a multiprocessor.
+  static __host__ GUNN_DEVICE constexpr int most_pixels(int k) { return k > 24 ? 128 : 256; }
 
   // Rows of a band: images are cut where they are too large, as equally as may be.
   static __host__ GUNN_DEVICE int band_rows(const Extents& extents) {
-    const int most = min(extents.height, kMostPixels / extents.width);
+    const int most = min(extents.height, most_pixels(extents.k()) / extents.width);
     const int bands = (extents.height + most - 1) / most;
     return (extents.height + bands - 1) / bands;
   }
@@ -216,29 +228,35 @@ struct HiddenWeights {
   }
   template <class Storage>
   static size_t shared_bytes(const Extents& extents) {
-    const int pixel = 2 * stride(extents.k()) + stride(extents.s());
-    return sizeof(Storage) * (hidden(extents) + kMostPixels * pixel) + sizeof(int) * kMostPixels;
+    const int pixel = 2 * stride(extents.k()) + stride(extents.s()), pixels = most_pixels(extents.k());
+    return sizeof(Storage) * (hidden(extents) + pixels * pixel) + sizeof(int) * pixels;
   }
 };
 
 template <class Precision, int KT, int ST>
 __global__ void __launch_bounds__(HiddenWeights::kThreadCount, 2)
-    hidden_weights(View<Precision> view, int first_segment, int64_t range, float* spatial, float* project) {
+    hidden_weights(View<Precision> view, int first_segment, int range, int all_bands, float* spatial, float* project) {
   using Storage = typename Precision::Storage;
   using Sizes = HiddenWeights;
-  constexpr int k = 8 * KT, s = 8 * ST, kGroups = 9 * KT, kTilesOfWarp = 2;
-  constexpr int kHiddenStride = (KT | 1) * 8, kOutStride = (ST | 1) * 8;
-  static_assert((kGroups + 1) / 2 <= kTilesOfWarp * (Sizes::kWarps - 1), "the last warp has the project's");
+  constexpr int k = 8 * KT, s = 8 * ST, kGroups = 9 * KT, kJobsOfWarp = Sizes::kJobsOfWarp;
+  constexpr int kHiddenStride = (KT | 1) * 8, kOutStride = (ST | 1) * 8, kPixels = Sizes::most_pixels(k);
+  constexpr int kSpatialJobs = Sizes::spatial_jobs(KT), kJobs = Sizes::jobs(KT, ST);
   GUNN_DYNAMIC_SHARED(Storage, shared);
   const Extents& extents = view.extents;
   const int width = extents.width, band_rows = Sizes::band_rows(extents), bands = Sizes::bands(extents);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = first_segment + blockIdx.y;
+  const int first_job = blockIdx.z * Sizes::kJobsOfPart, last_job = min(first_job + Sizes::kJobsOfPart, kJobs) - 1;
+  const int job_of_warp = first_job + kJobsOfWarp * warp;
+  const auto tap_of = [&](int group) { return min(group, kGroups - 1) / KT; };
+  // Rows of h1 that the part's taps see above and below; whether it has some of the project's.
+  const int above = 1 - tap_of(2 * first_job) / 3, below = tap_of(2 * last_job + 1) / 3 - 1;
+  const bool projects = last_job >= kSpatialJobs;
   Storage* const h1 = shared;
   Storage* const dz2 = h1 + Sizes::hidden(extents);
-  Storage* const h2 = dz2 + Sizes::kMostPixels * kHiddenStride;
-  Storage* const dz3 = h2 + Sizes::kMostPixels * kHiddenStride;
-  int* const hidden_at = reinterpret_cast<int*>(dz3 + Sizes::kMostPixels * kOutStride);
-  for (int m = threadIdx.x; m < Sizes::kMostPixels; m += Sizes::kThreadCount) {
+  Storage* const h2 = dz2 + kPixels * kHiddenStride;
+  Storage* const dz3 = h2 + kPixels * kHiddenStride;
+  int* const hidden_at = reinterpret_cast<int*>(dz3 + kPixels * kOutStride);
+  for (int m = threadIdx.x; m < kPixels; m += Sizes::kThreadCount) {
     const int inside = min(m, band_rows * width - 1);
     hidden_at[m] = ((inside / width + 1) * (width + 2) + inside % width + 1) * kHiddenStride;
   }
@@ -261,24 +279,24 @@ __global__ void __launch_bounds__(HiddenWeights::kThreadCount, 2)
     return out;
   };
   const Vector<Storage> nothing{};
-
-  float sums[kTilesOfWarp][KT][4] = {};
-  const int64_t all = extents.pixels / (static_cast<int64_t>(extents.height) * width) * bands;
-  const int64_t end = min((blockIdx.x + 1) * range, all);
-  for (int64_t band = blockIdx.x * range; band < end; ++band) {
-    const int first_row = static_cast<int>(band % bands) * band_rows, rows = min(band_rows, extents.height - first_row);
-    const int64_t first = (band / bands * extents.height + first_row) * width;
+  float sums[kJobsOfWarp][KT][4] = {};
+  const int end = min((static_cast<int>(blockIdx.x) + 1) * range, all_bands);
+  for (int band = blockIdx.x * range; band < end; ++band) {
+    const int first_row = band % bands * band_rows, rows = min(band_rows, extents.height - first_row);
+    const int64_t first = (static_cast<int64_t>(band / bands) * extents.height + first_row) * width;
     const int count = rows * width, depth = (count + 15) / 16 * 16, border = (band_rows + 2) * (width + 2);
     __syncthreads();  // the band before has been multiplied
     for (int e = threadIdx.x; e < border * KT; e += Sizes::kThreadCount) {
       const int place = e / KT, piece = e % KT, row = place / (width + 2) - 1, column = place % (width + 2) - 1;
+      if (row < -above || row >= band_rows + below) continue;
       const bool inside = column >= 0 && column < width && first_row + row >= 0 && first_row + row < extents.height;
       const Storage* from = z + (first + static_cast<int64_t>(row) * width + column) * z_rows;
       store_vector(h1 + place * kHiddenStride + 8 * piece,
                    inside ? activate(from, extents.z_row(Norm::reduce, 0) + 8 * piece) : nothing);
     }
-    for (int e = threadIdx.x; e < depth * (2 * KT + ST); e += Sizes::kThreadCount) {
-      const int m = e / (2 * KT + ST), piece = e % (2 * KT + ST);
+    const int pieces = projects ? 2 * KT + ST : KT;
+    for (int e = threadIdx.x; e < depth * pieces; e += Sizes::kThreadCount) {
+      const int m = e / pieces, piece = e % pieces;
       const int64_t at = (first + m) * z_rows;
       const bool inside = m < count;
       if (piece < KT) {
@@ -295,31 +313,33 @@ __global__ void __launch_bounds__(HiddenWeights::kThreadCount, 2)
       }
     }
     __syncthreads();
-    const bool projects = warp == Sizes::kWarps - 1;
     GUNN_ROLLED
-    for (int d = 0; d < depth; d += 16) {
-      uint32_t b[(KT + 1) / 2][4];
-      const Storage* columns = (projects ? h2 : dz2) + (d + depth_of_lane(false)) * kHiddenStride;
+    for (int d = 0; d < depth && job_of_warp <= last_job; d += 16) {
+      uint32_t a[kJobsOfWarp][4] = {};
+      GUNN_UNROLL
+      for (int j = 0; j < kJobsOfWarp; ++j) {
+        const int job = job_of_warp + j, group = 2 * job + channel_of_lane(true) / 8;
+        if (job < kSpatialJobs) {
+          const int tap = tap_of(group), channel = min(group, kGroups - 1) % KT * 8;
+          const int offset = ((tap / 3 - 1) * (width + 2) + tap % 3 - 1) * kHiddenStride + channel;
+          load_matrices<true>(a[j], h1 + hidden_at[d + depth_of_lane(true)] + offset);
+        } else if (job <= last_job) {
+          const int channel = min(16 * (job - kSpatialJobs) + channel_of_lane(true), s - 8);
+          load_matrices<true>(a[j], dz3 + (d + depth_of_lane(true)) * kOutStride + channel);
+        }
+      }
+      const int column = (d + depth_of_lane(false)) * kHiddenStride + channel_of_lane(false);
+      const bool alike = kSpatialJobs % kJobsOfWarp == 0 || job_of_warp != kSpatialJobs - 1;
       GUNN_UNROLL
       for (int n = 0; n < KT; n += 2) {
-        load_matrices<true>(b[n / 2], columns + min(8 * n + channel_of_lane(false), k - 8));
-      }
-      GUNN_UNROLL
-      for (int job = 0; job < kTilesOfWarp; ++job) {
-        uint32_t a[4];
-        if (projects) {
-          if (job > 0) break;
-          load_matrices<true>(a, dz3 + (d + depth_of_lane(true)) * kOutStride + min(channel_of_lane(true), s - 8));
-        } else {
-          const int group = 2 * (kTilesOfWarp * warp + job) + channel_of_lane(true) / 8;
-          if (2 * (kTilesOfWarp * warp + job) >= kGroups) break;
-          const int tap = min(group, kGroups - 1) / KT, channel = min(group, kGroups - 1) % KT * 8;
-          const int offset = ((tap / 3 - 1) * (width + 2) + tap % 3 - 1) * kHiddenStride + channel;
-          load_matrices<true>(a, h1 + hidden_at[d + depth_of_lane(true)] + offset);
-        }
+        const int at = min(column + 8 * n, column - channel_of_lane(false) + k - 8);
+        uint32_t b[4];
+        load_matrices<true>(b, (job_of_warp < kSpatialJobs ? dz2 : h2) + at);
         GUNN_UNROLL
-        for (int n = 0; n < KT; ++n) {
-          Precision::multiply(sums[job][n], a, {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]});
+        for (int j = 0; j < kJobsOfWarp; ++j) {
+          if (j > 0 && !alike) load_matrices<true>(b, h2 + at);
+          Precision::multiply(sums[j][n], a[j], {b[0], b[1]});
+          if (n + 1 < KT) Precision::multiply(sums[j][n + 1 < KT ? n + 1 : n], a[j], {b[2], b[3]});
         }
       }
     }
@@ -327,27 +347,22 @@ __global__ void __launch_bounds__(HiddenWeights::kThreadCount, 2)
 
   const int64_t slot = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   const int g = lane / 4, t = lane % 4;
-  if (warp == Sizes::kWarps - 1) {
-    float* to = project + slot * s * k;
-    GUNN_UNROLL
-    for (int n = 0; n < KT; ++n) {
-      GUNN_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int row = g + 8 * (j / 2);
-        if (row < s) to[row * k + 8 * n + 2 * t + j % 2] = sums[0][n][j];
-      }
-    }
-    return;
-  }
-  float* to = spatial + slot * k * 9 * k;
+  float *to_spatial = spatial + slot * k * 9 * k, *to_project = project + slot * s * k;
   GUNN_UNROLL
-  for (int job = 0; job < kTilesOfWarp; ++job) {
+  for (int own = 0; own < kJobsOfWarp; ++own) {
+    const int job = job_of_warp + own;
     GUNN_UNROLL
     for (int n = 0; n < KT; ++n) {
       GUNN_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const int group = 2 * (kTilesOfWarp * warp + job) + j / 2;
-        if (group < kGroups) to[(8 * n + 2 * t + j % 2) * 9 * k + 8 * group + g] = sums[job][n][j];
+        const int column = 8 * n + 2 * t + j % 2;
+        if (job < kSpatialJobs) {
+          const int group = 2 * job + j / 2;
+          if (group < kGroups) to_spatial[column * 9 * k + 8 * group + g] = sums[own][n][j];
+        } else {
+          const int row = 16 * (job - kSpatialJobs) + 8 * (j / 2) + g;
+          if (job <= last_job && row < s) to_project[row * k + column] = sums[own][n][j];
+        }
       }
     }
   }
