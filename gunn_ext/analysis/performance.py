@@ -388,11 +388,19 @@ def staged(
 # --- Persistent -----------------------------------------------------------------------------------------------------
 
 
+_TURN = 256  # pixels of a band where blocks have several
+
+
+def _most_pixels(k: int) -> int:
+    """Of a block that has one band, as the driver's templates have it."""
+    return 512 if k <= 24 else 256
+
+
 def _warp_pixels(share: float, k: int) -> int:
     """Pixels of a warp, whose block has ``share`` pixels or somewhat more: as the driver's templates have it."""
     if share <= 128:
         return 16
-    return 32 if share <= 256 or k > 24 else 64
+    return 32 if share <= 256 or share > _most_pixels(k) or k > 24 else 64
 
 
 def persistent(
@@ -400,13 +408,17 @@ def persistent(
 ) -> Prediction:
     """One launch for the whole layer, the state on the chip; three exchanges of statistics for a segment and unit.
 
+    More pixels than all processors hold at once, one to a block: in training blocks take turns, so every segment reads
+    the whole state, and what a step leaves goes through cache or memory to the next one. Evaluation takes some images
+    after others, whose state stays on the chip.
+
     Weights, for every block, and the share of the state that finds no room on the chip, stream from the cache under
     the products, as operands from shared memory do, where each warp reads all weights for its own pixels: of
     compute, cache and shared only the largest counts. The state is read and written once. Evaluation exchanges
     nothing. The backward takes blocks of segments: it recomputes them, runs their chain of gradients, which
     exchanges as often as the forward, and takes the gradients of their weights.
 
-    Whether the driver takes a layer is not asked here: this is what it would cost.
+    Whether the driver takes a layer is not asked here (several units it does not): this is what it would cost.
 
     Args:
         sizes: Of the layer.
@@ -419,14 +431,21 @@ def persistent(
     pixels, k, s, segments = batch * sizes.size**2, sizes.hidden, sizes.width, sizes.segments
     item, usable = BYTES[dtype], limits.usable_flops(dtype)
     state = sizes.state_bytes(batch, dtype)
-    room = on_chip * limits.cache_bytes / 2
-    streamed = max(0.0, state - room) * segments
+    at_once = max(1, limits.processors - 1) * _most_pixels(k)
+    turns = pixels > at_once
+    # In evaluation of the images that are there at once.
+    streamed = max(0.0, state - on_chip * limits.cache_bytes / 2 * math.ceil(pixels / at_once)) * segments
     tiles = math.ceil(pixels / _TILE) * math.ceil(sizes.units_in_order()[0][1] / _TILE)
     idle = math.ceil(tiles / limits.processors) * limits.processors / tiles
     weights = sum(n * made + 9 * k * k + k * s for n, made in sizes.units_in_order()) * segments * item
     operands = pixels * weights / _warp_pixels(pixels / limits.processors, k)
     operands += sum(n + 9 * k for n, _ in sizes.units_in_order()) * pixels * segments * item
     in_cache = state <= limits.cache_bytes
+
+    def moved(bytes_: float) -> Parts:
+        if in_cache:
+            return Parts(cache=bytes_ / limits.cache_bandwidth)
+        return Parts(memory=bytes_ / limits.memory_bandwidth)
 
     def products(flops: float, cache_bytes: float, shared_bytes: float) -> Parts:
         compute = flops / usable * idle
@@ -441,14 +460,22 @@ def persistent(
     evaluation = once + products(flops, weights * blocks + streamed, operands)
     kept = (2 * k + 2 * s) * sizes.units * segments * pixels * item
     exchanges = Parts(exchange=3 * segments * sizes.units * limits.exchange)
+    # In turns a step's results are written for the next one, rows at edges as words of twice the bytes.
+    between = 2 * (2 * k + 2 * s + 4 * k / max(1, _TURN // sizes.size)) * sizes.units * segments * pixels * item
     forward = evaluation + exchanges
+    if turns:
+        forward = once + products(flops, weights * blocks + state * segments, operands) + exchanges + moved(between)
     if not recompute:
         forward += Parts(memory=kept / limits.memory_bandwidth)
     # Three phases. Pre-activations are written, or were kept, read by the chain, and two of four for the weights; their
-    # gradients written and read once. For the weights the state is read once for two segments.
-    chain = products(flops, weights * blocks + 2 * streamed, operands) + exchanges
+    # gradients written and read once. For the weights the state is read once for two segments; of wide ones once for
+    # each, gradients once for 128 channels, and z1 with dz2 three times.
+    chain = products(flops, weights * blocks + 2 * (state * segments if turns else streamed), operands) + exchanges
     chain += Parts(memory=(2 * state + 2 * kept) / limits.memory_bandwidth)
-    weight_gradients = products(flops, state * segments / 2, operands)
+    if turns:
+        chain += moved(between)
+    read = sizes.channels / 2 if k <= 24 else sizes.channels + k * math.ceil(sizes.channels / 128) + 4 * k
+    weight_gradients = products(flops, read * item * pixels * segments, operands)
     weight_gradients += Parts(memory=(1 + k / (k + s)) * kept / limits.memory_bandwidth)
     each = 2 * kept / segments
     launches = math.ceil(segments / max(1, max(_LEAST_CHAIN, 3 * state) // each))
