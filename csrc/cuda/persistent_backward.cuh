@@ -228,14 +228,15 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
   GUNN_DEVICE void spread(const Packed<RP>& dz, int segment, int from, int to, int first_late, int last_late) {
     if constexpr (kRing) {
       const auto late = this->late_steps(this->pinned(segment));
-      spread_slots(dz, segment, from, to, [&](int pair) { return pair < late.first || pair > late.last; });
+      spread_ahead(dz, segment, from, to, [&](int pair) { return pair < late.first || pair > late.last; });
     } else {
       spread_pairs(dz, segment, from, to, first_late, last_late);
     }
   }
   GUNN_DEVICE void spread_of(const Packed<RP>& dz, int segment, int first, int last) {
-    if constexpr (kRing) {
-      spread_slots(dz, segment, first / kSlotSteps * kSlotSteps, last + 1, [&](int pair) { return pair >= first; });
+    if constexpr (kRing || (turns && kEach == 2)) {
+      spread_ahead(dz, segment, kRing ? first / kSlotSteps * kSlotSteps : first, last + 1,
+                   [&](int pair) { return pair >= first; });
     } else {
       spread_pairs(dz, segment, first, last + 1, -1, -1);
     }
@@ -247,12 +248,13 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
       if (pair < first_late || pair > last_late) spread_pair(dz, segment, pair);
     }
   }
+  // Registers of the gradient are asked for some steps ahead; a step has 16 channels in 16 bits.
   template <class Wanted>
-  GUNN_DEVICE void spread_slots(const Packed<RP>& dz, int segment, int from, int to, const Wanted& wanted) {
+  GUNN_DEVICE void spread_ahead(const Packed<RP>& dz, int segment, int from, int to, const Wanted& wanted) {
     this->each_step(from, to, [&](int pair, uint32_t (&g)[MT][4], const Storage* slot, int) {
       if (!wanted(pair)) return;
       uint32_t b[kSteps][4];
-      load_spread(b, slot, pair);
+      load_spread(b, kRing ? slot : spread_tile(pair), pair);
       GUNN_UNROLL
       for (int mt = 0; mt < MT; ++mt) {
         GUNN_UNROLL
@@ -264,12 +266,8 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
     });
   }
   GUNN_DEVICE void spread_pair(const Packed<RP>& dz, int segment, int pair) const {
-    const PackShape shape = this->shape_of(Kind::reduce);
     uint32_t b[kSteps][4];
-    // Packed in tiles of 64 rows.
-    load_spread(b,
-                this->weights(Kind::reduce) + pair / 4 * kColumns * shape.chunks<Precision>() * Pool<Precision>::kDepth,
-                pair);
+    load_spread(b, spread_tile(pair), pair);
     const int first = fresh(this->first_row(0) + lane_ / 4);
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
@@ -287,6 +285,11 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
         add_spread(dz, segment, pair, b, mt, half, [&](int p, int row) -> uint32_t& { return *places[p][row]; });
       }
     }
+  }
+  // The tile of 64 rows in which the pair's weights are packed.
+  GUNN_DEVICE const Storage* spread_tile(int pair) const {
+    const PackShape shape = this->shape_of(Kind::reduce);
+    return this->weights(Kind::reduce) + pair / 4 * kColumns * shape.chunks<Precision>() * Pool<Precision>::kDepth;
   }
   static constexpr int kSteps = (RP + 1) / 2;
   // The weights of 16 channels from their tile of 64.

@@ -62,6 +62,7 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
   using Base::SP;
   using Base::warp_;
   static constexpr bool kRing = Base::kRing;
+  static constexpr bool kAhead = kRing || turns;  // the state's registers are asked for some steps ahead
   using Tables = ForwardTables<KT, ST, WARPS, MT>;
 
  public:
@@ -194,8 +195,8 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
 
   // Steps of channels in [from, to), but for those in [first_late, last_late].
   GUNN_DEVICE void reduce_steps(Sums<RT>& sums, int from, int to, int first_late, int last_late) {
-    if constexpr (kRing) {
-      reduce_slots(sums, from, to, [&](int step) { return step < first_late || step > last_late; });
+    if constexpr (kAhead) {
+      reduce_ahead(sums, from, to, [&](int step) { return step < first_late || step > last_late; });
     } else {
       GUNN_ROLLED
       for (int step = from; step < to; ++step) {
@@ -204,39 +205,52 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
     }
   }
   GUNN_DEVICE void reduce_steps_of(Sums<RT>& sums, int first, int last) {
-    if constexpr (kRing) {
-      reduce_slots(sums, first / kSlotSteps * kSlotSteps, last + 1, [&](int step) { return step >= first; });
+    if constexpr (kAhead) {
+      reduce_ahead(sums, kRing ? first / kSlotSteps * kSlotSteps : first, last + 1,
+                   [&](int step) { return step >= first; });
     } else {
       GUNN_ROLLED
       for (int step = first; step <= last; ++step) reduce_step(sums, step);
     }
   }
   template <class Wanted>
-  GUNN_DEVICE void reduce_slots(Sums<RT>& sums, int from, int to, const Wanted& wanted) {
-    this->each_step(from, to, [&](int step, const uint32_t (&a)[MT][4], const Storage* slot, int in_slot) {
-      if (wanted(step)) this->template multiply<RT, kSlotSteps / 2>(sums, a, slot, in_slot);
+  GUNN_DEVICE void reduce_ahead(Sums<RT>& sums, int from, int to, const Wanted& wanted) {
+    this->each_step(from, to, [&](int step, uint32_t (&a)[MT][4], const Storage* slot, int in_slot) {
+      if (!wanted(step)) return;
+      if constexpr (kRing) {
+        this->template multiply<RT, kSlotSteps / 2>(sums, a, slot, in_slot);
+      } else {
+        GUNN_UNROLL
+        for (int mt = 0; mt < MT; ++mt) make_operand(a[mt]);
+        multiply_step(sums, 0, a, step);
+      }
     });
   }
   // Two fragments of pixels at a time: with all four of the largest block the registers would not do.
   GUNN_DEVICE void reduce_step(Sums<RT>& sums, int step) const {
     constexpr int kTogether = MT < 2 ? MT : 2;
-    const int rows = chain_.extents.reduce_columns(0);
     GUNN_UNROLL
     for (int first = 0; first < MT; first += kTogether) {
       uint32_t a[kTogether][4];
       GUNN_UNROLL
       for (int j = 0; j < kTogether; ++j) load_pixels(a[j], first + j, step);
+      multiply_step(sums, first, a, step);
+    }
+  }
+  // The fragments from `first` on.
+  template <int count>
+  GUNN_DEVICE void multiply_step(Sums<RT>& sums, int first, const uint32_t (&a)[count][4], int step) const {
+    const int rows = chain_.extents.reduce_columns(0);
+    GUNN_UNROLL
+    for (int n = 0; n < RT; n += 2) {
+      if (8 * n >= rows) break;
+      uint32_t b[4];
+      this->load_weights(b, this->weights(Kind::reduce), rows, n, step);
       GUNN_UNROLL
-      for (int n = 0; n < RT; n += 2) {
-        if (8 * n >= rows) break;
-        uint32_t b[4];
-        this->load_weights(b, this->weights(Kind::reduce), rows, n, step);
-        GUNN_UNROLL
-        for (int j = 0; j < kTogether; ++j) {
-          Precision::multiply(sums[first + j][n], a[j], {b[0], b[1]});
-          if (n + 1 >= RT) continue;
-          Precision::multiply(sums[first + j][n + 1 < RT ? n + 1 : n], a[j], {b[2], b[3]});
-        }
+      for (int j = 0; j < count; ++j) {
+        Precision::multiply(sums[first + j][n], a[j], {b[0], b[1]});
+        if (n + 1 >= RT) continue;
+        Precision::multiply(sums[first + j][n + 1 < RT ? n + 1 : n], a[j], {b[2], b[3]});
       }
     }
   }
@@ -251,6 +265,9 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
         a[r] = this->bits_at(m, this->column(2 * step + r / 2));
       }
     }
+    make_operand(a);
+  }
+  static GUNN_DEVICE void make_operand(uint32_t (&a)[4]) {
     GUNN_UNROLL
     for (int r = 0; r < 4; ++r) a[r] = Bits::operand(a[r]);
   }

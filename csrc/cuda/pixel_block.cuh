@@ -404,8 +404,8 @@ class PixelBlock {
       each(streamed_ + behind * kPixels + kPiece * m + column(0), kPiece, kPiece * kPixels);
     }
   }
-  // Steps [from, to) of channels through the ring: calls work(step, its registers, slot, step of the slot). Registers,
-  // which may come from L2, are on their way a slot before they are needed.
+  // Steps [from, to) of channels: calls work(step, its registers, slot of the ring or null, step of the slot).
+  // Registers, which may come from L2, are on their way four steps before they are needed.
   template <class Work>
   GUNN_DEVICE void each_step(int from, int to, const Work& work) {
     uint32_t bits[kSlotSteps][MT][4] = {};
@@ -416,7 +416,8 @@ class PixelBlock {
     for (int j = 0; j < kSlotSteps; ++j) load(j, from + j);
     GUNN_ROLLED
     for (int first = from; first < to; first += kSlotSteps) {
-      const Storage* slot = next_slot();
+      const Storage* slot = nullptr;
+      if constexpr (kRing) slot = next_slot();
       GUNN_UNROLL
       for (int j = 0; j < kSlotSteps; ++j) {
         if (first + j < to) work(first + j, bits[j], slot, j);

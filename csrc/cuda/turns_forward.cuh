@@ -77,6 +77,7 @@ class ForwardTurns : ForwardBlock<Precision, KT, ST, WARPS, MT, true, true> {
     Sums<RT> sums = {};
     this->reduce_steps(sums, 0, steps, late.first, late.last);
     if (segment > 0) {
+      __syncwarp();  // what was asked for ahead has been read
       this->template write_back<0>(segment - 1, z3, zs);
       __syncwarp();  // a warp reads the state of its own pixels only
       this->reduce_steps_of(sums, late.first, late.last);
