@@ -16,7 +16,7 @@ KERNELS = (
     "turns_backward.cuh",
     "weight_products.cuh",
 )  # what runs in a persistent launch
-HOST = ("persistent.cuh",)  # what launches it
+HOST = ("persistent.cuh",)  # what launches it, with prepare.cuh
 
 # An expression of one line, between the texts that tell where it stands, and a wrong one instead.
 FAULTS = {
@@ -39,7 +39,8 @@ FAULTS = {
         "place.row < 0 || column == 3",
         ") continue;  // padding",
     ),
-    "half of the words is cleared": ('"clear", ', "2 * words_", "words_", "), clear"),
+    "half of the words is cleared": ("(chain.words[0]), ", "2 * words_", "words_", ");"),
+    "words are not cleared": ("if (", "how_.cooperative", "false", ") preparation.clear"),
     "no room for results": ("words_ += 2 * each * (", "chain.blocks + 1", "chain.blocks", ")"),
     "room for one turn of edges": ("words_ += int64_t{", "4", "2", "} * chain.all_bands"),
 }

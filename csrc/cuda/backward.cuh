@@ -264,9 +264,26 @@ struct WeightGradients {
   int taps;
 };
 
+// Partial sums (segments, ranges, shape) of one convolution's weights.
 template <class Wide>
-__global__ void sum_partials(const Wide* partials, int64_t ranges, int first_segment, int segments, GradientShape shape,
-                             WeightGradients<Wide> to) {
+struct PartialSums {
+  const Wide* partials;
+  int64_t ranges;
+  GradientShape shape;
+  WeightGradients<Wide> to;
+};
+template <class Wide>
+struct SumsOfUnit {
+  PartialSums<Wide> of[3];
+};
+
+// Those of blockIdx.y.
+template <class Wide>
+__global__ void sum_partials(GUNN_PARAMETER SumsOfUnit<Wide> sums, int first_segment, int segments) {
+  const Wide* partials = sums.of[blockIdx.y].partials;
+  const int64_t ranges = sums.of[blockIdx.y].ranges;
+  const GradientShape shape = sums.of[blockIdx.y].shape;
+  const WeightGradients<Wide>& to = sums.of[blockIdx.y].to;
   const int64_t rows = to.upper_rows + to.lower_rows, size = rows * to.width;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, slot = at / size;
   if (slot >= segments) return;

@@ -1,4 +1,4 @@
-// What every driver does before and between its kernels: sizes for the device, weights packed, batch norms as tables.
+// What every driver does around its kernels: sizes for the device, launches on one layer.
 #pragma once
 
 #include <algorithm>
@@ -36,10 +36,9 @@ struct Launcher {
 
   Launcher(const LayerShape& shape_, const Options& options) : shape(shape_), stream{options.device, options.stream} {}
 
-  // One thread for each of `count` things, `times` times.
-  Launch by_element(const char* name, int64_t count, int64_t times = 1) const {
-    const dim3 grid(static_cast<unsigned>((count + 127) / 128), static_cast<unsigned>(times));
-    return {name, grid, dim3(128), 0, stream, &shape};
+  // One thread for each of `count` things.
+  Launch by_element(const char* name, int64_t count) const {
+    return {name, dim3(static_cast<unsigned>((count + 127) / 128)), dim3(128), 0, stream, &shape};
   }
 };
 
@@ -48,44 +47,6 @@ std::pair<Pointer, Pointer> norm_tensors(const UnitTensors<Pointer>& unit, Norm 
   return {norm_weight(unit, norm), norm_bias(unit, norm)};
 }
 
-// Calls work(norm, unit, its rows, number of their places in a table) for every batch norm of a layer.
-template <class Work>
-void for_each_norm(const Extents& e, const Work& work) {
-  for (int m = 0; m < e.units; ++m) {
-    for (const Norm norm : {Norm::reduce, Norm::shortcut, Norm::spatial, Norm::project}) {
-      if (norm == Norm::shortcut && !e.projects(m)) continue;
-      const int channels = e.channels_of(norm), rows = e.row(Norm::reduce, e.units);
-      const NormRows place{channels, padded(channels), e.row(norm, m), rows, e.z_row(norm, m), e.z_rows(), e.segments};
-      work(norm, m, place, static_cast<int64_t>(e.segments) * padded(channels));
-    }
-  }
-}
-
-// Scales and shifts from statistics (2, P, rows); zeros where there are none.
-template <class Wide>
-void fill_tables(const Launcher& launcher, const Extents& e, const UnitTensors<const Wide*>* units,
-                 const Wide* statistics, const Tables<Wide>& tables, double eps) {
-  const Wide* var = statistics ? statistics + static_cast<int64_t>(e.segments) * e.row(Norm::reduce, e.units) : nullptr;
-  for_each_norm(e, [&](Norm norm, int m, const NormRows& rows, int64_t count) {
-    const auto [weight, bias] = norm_tensors(units[m], norm);
-    launch(launcher.by_element("make_tables", count), make_tables<Wide>, rows, weight, bias, statistics, var, tables,
-           eps);
-  });
-}
-
-// All segments of one unit.
-template <class Precision>
-void pack_unit(const Launcher& launcher, const Extents& e, Pack pack, int m,
-               const UnitTensors<const typename Precision::Wide*>& unit, typename Precision::Element* to) {
-  const bool spatial = pack == Pack::spatial || pack == Pack::spatial_transposed;
-  const bool reduce = pack == Pack::reduce || pack == Pack::reduce_transposed;
-  const int64_t size = pack_shape(e, pack, m).template size<Precision>();
-  launch(launcher.by_element("pack_weights", size, e.segments), pack_weights<Precision>, e, pack, m,
-         spatial  ? unit.spatial
-         : reduce ? unit.reduce
-                  : unit.project,
-         reduce ? unit.shortcut : nullptr, to);
-}
 template <class Precision>
 int64_t packed_size(const Extents& e, Pack pack, int m) {
   return e.segments * pack_shape(e, pack, m).template size<Precision>();

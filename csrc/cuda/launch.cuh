@@ -47,10 +47,12 @@
 #include <cstring>
 #define GUNN_UNROLL _Pragma("unroll")
 #define GUNN_ROLLED _Pragma("unroll 1")
+#define GUNN_PARAMETER const __grid_constant__  // of a kernel: an array in it is indexed where it lies
 #else
 #include "emulator/emulator.h"
 #define GUNN_UNROLL _Pragma("GCC unroll 32")
 #define GUNN_ROLLED _Pragma("GCC unroll 1")
+#define GUNN_PARAMETER const
 #endif
 
 #define GUNN_DEVICE __device__ __forceinline__

@@ -80,9 +80,8 @@ class PersistentKernel {
     chain.streamed = arena.take<Storage>(copies * chosen_.pixels() * chain.streamed_channels());
   }
   // Before the first launch of a pass: no word has an epoch.
-  void clear_words() const {
-    if (!how_.cooperative) return;
-    launch(launcher_.by_element("clear", 2 * words_), clear, reinterpret_cast<unsigned*>(chain.words[0]), 2 * words_);
+  void clear_words(Preparation<Precision>& preparation) const {
+    if (how_.cooperative) preparation.clear(reinterpret_cast<unsigned*>(chain.words[0]), 2 * words_);
   }
   void run() const {
     Launch how = how_;
@@ -358,20 +357,20 @@ class PersistentForward {
     Arena arena(tensors.workspace);
     take(arena, keep);
     ForwardChain<Precision>& chain = kernel_.chain;
+    Preparation<Precision> preparation(launcher_, chain.extents);
     for (int k = 0; k < kKinds; ++k) {
-      const Pack pack = pack_of(static_cast<Kind>(k), false);
-      pack_unit<Precision>(launcher_, chain.extents, pack, 0, tensors.units[0], packed_[k]);
+      preparation.pack(pack_of(static_cast<Kind>(k), false), 0, tensors.units[0], packed_[k]);
     }
     chain.x = chain.before = tensors.x, chain.y = tensors.y, chain.z = keep ? tensors.saved : z_;
     chain.one_segment = !keep;
     chain.unit = tensors.units[0];
     chain.mean = tensors.statistics, chain.var = tensors.statistics + shape_.segments * shape_.rows();
     chain.eps = options_.eps;
-    kernel_.clear_words();
+    kernel_.clear_words(preparation);
     if (!options_.batch_statistics) {
-      fill_tables(launcher_, chain.extents, tensors.units, const_cast<const float*>(tensors.statistics), chain.tables,
-                  options_.eps);
+      preparation.tables(tensors.units, {true, false, tensors.statistics, options_.eps, nullptr, 0}, chain.tables);
     }
+    preparation.run();
     kernel_.run();
   }
 
@@ -426,9 +425,12 @@ class PersistentBackward : StagedBackward<Precision> {
     Arena arena(tensors.workspace);
     take(arena, const_cast<Storage*>(tensors.saved), lies_ready(tensors.x, this->shape_, this->options_),
          lies_ready(tensors.y, this->shape_, this->options_));
-    this->begin();
-    chain_.clear_words();
-    if (recomputes()) recompute_.clear_words();
+    Preparation<Precision> preparation = this->preparation();
+    this->prepare(preparation);
+    chain_.clear_words(preparation);
+    if (recomputes()) recompute_.clear_words(preparation);
+    preparation.run();
+    this->copy_maps();
     const int64_t segments = this->shape_.segments;
     for (int64_t end = segments; end > 0; end -= std::min(end, this->block_)) {
       const int64_t first = std::max<int64_t>(0, end - this->block_);
@@ -497,10 +499,12 @@ class PersistentBackward : StagedBackward<Precision> {
       this->template launch_weights<Which::spatial, true>(first, count, 0);
       this->template launch_weights<Which::project, true>(first, count, 0);
     }
+    std::vector<PartialSums<typename Precision::Wide>> sums;
     for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
       if (!products_.takes(which)) continue;
-      this->launch_sums(products_.partials(which), products_.ranges(which), which, first, count, 0);
+      sums.push_back(this->sums_of(products_.partials(which), products_.ranges(which), which, 0));
     }
+    this->launch_sums(sums, first, count);
   }
 
   const bool kept_;

@@ -24,7 +24,7 @@
 #include <vector>
 
 #include "cuda/backward.cuh"
-#include "cuda/host.cuh"
+#include "cuda/prepare.cuh"
 #include "cuda/state.cuh"
 
 namespace gunn {
@@ -145,15 +145,13 @@ class StagedPass {
     const auto at = std::find(packs_.begin(), packs_.end(), pack) - packs_.begin();
     return packed_[m * packs_.size() + at];
   }
-  void pack(const Units* units) const {
+  Preparation<Precision> preparation() const { return {launcher_, view_.extents}; }
+  void pack(Preparation<Precision>& preparation, const Units* units) const {
     for (int m = 0; m < view_.extents.units; ++m) {
-      for (const Pack pack : packs_) pack_unit<Precision>(launcher_, view_.extents, pack, m, units[m], packed(pack, m));
+      for (const Pack pack : packs_) preparation.pack(pack, m, units[m], packed(pack, m));
     }
   }
-
-  void clear_counters() const {
-    if (counters_ > 0) launch(launcher_.by_element("clear", counters_), clear, exchange_.counters, counters_);
-  }
+  void clear_counters(Preparation<Precision>& preparation) const { preparation.clear(exchange_.counters, counters_); }
 
   // One segment's part of the batch norms behind a stage; `unit` null: their places only.
   template <class Pointer>
@@ -172,8 +170,11 @@ class StagedPass {
   }
 
   // `statistics` null: only zeros.
-  void fill_tables(const Units* units, const Wide* statistics) const {
-    gunn::fill_tables(launcher_, view_.extents, units, statistics, view_.tables, options_.eps);
+  TableSource<Wide> affine(const Wide* statistics) const { return {true, false, statistics, options_.eps, nullptr, 0}; }
+  void fill_tables(const Units* units, const TableSource<Wide>& source) const {
+    Preparation<Precision> tables = preparation();
+    tables.tables(units, source, view_.tables);
+    tables.run();
   }
 
   // Pre-activations of one stage in segments [first, first + count).
@@ -262,7 +263,7 @@ class StagedForward : StagedPass<Precision> {
   // needs them and comes with the next step.
   void step(Forward which, int64_t i, int64_t m) {
     if (which == Forward::begin) return begin();
-    this->fill_tables(tensors_.units, tensors_.statistics);
+    this->fill_tables(tensors_.units, this->affine(tensors_.statistics));
     if (which == Forward::reduce) {
       if (m == 0 && i > 0) write_back_stage(i - 1);
       reduce_stage(i, m);
@@ -290,9 +291,12 @@ class StagedForward : StagedPass<Precision> {
   void use_slot_of(int64_t segment) { this->view_.first_segment = static_cast<int>(slots_ == 1 ? segment : 0); }
 
   void begin() const {
-    this->pack(tensors_.units);
-    this->fill_tables(tensors_.units, this->options_.batch_statistics ? nullptr : tensors_.statistics);
-    if (this->options_.batch_statistics) this->clear_counters();
+    const bool given = !this->options_.batch_statistics;
+    Preparation<Precision> preparation = this->preparation();
+    this->pack(preparation, tensors_.units);
+    preparation.tables(tensors_.units, this->affine(given ? tensors_.statistics : nullptr), this->view_.tables);
+    if (!given) this->clear_counters(preparation);
+    preparation.run();
     if (x_copy_) this->copy(tensors_.x, pixel_major(x_copy_, this->shape_, this->pixel_step()), this->pixel_step());
   }
 
@@ -405,7 +409,7 @@ class StagedBackward : protected StagedPass<Precision> {
     if (which == Backward::finish) return finish();
     if (which == Backward::project && m == this->shape_.units - 1) open_block(i, 1);
     use_block(i);
-    if (which != Backward::project) fill_slopes();
+    if (which != Backward::project) this->fill_tables(tensors_.units, slopes());
     if (which == Backward::project) project_sums(i, m);
     if (which == Backward::spatial) spatial_sums(i, m);
     if (which == Backward::reduce) reduce_sums(i, m);
@@ -500,10 +504,20 @@ class StagedBackward : protected StagedPass<Precision> {
   FeatureMap<Wide> g_map() const { return pixel_major(g_, this->shape_, this->pixel_step()); }
 
   void begin() const {
-    this->pack(tensors_.units);
-    this->clear_counters();
-    this->fill_tables(tensors_.units, tensors_.statistics);
-    fill_slopes();
+    Preparation<Precision> preparation = this->preparation();
+    prepare(preparation);
+    preparation.run();
+    copy_maps();
+  }
+  // The chain of another driver has slopes of its own, and no counters.
+  void prepare(Preparation<Precision>& preparation) const {
+    this->pack(preparation, tensors_.units);
+    if (!ready_) this->clear_counters(preparation);
+    TableSource<Wide> source = slopes();
+    source.affine = true, source.slopes = !ready_;
+    preparation.tables(tensors_.units, source, this->view_.tables);
+  }
+  void copy_maps() const {
     if (x_copy_) this->copy(tensors_.x, pixel_major(x_copy_, this->shape_, this->pixel_step()), this->pixel_step());
     if (y_copy_) this->copy(tensors_.y, pixel_major(y_copy_, this->shape_, this->pixel_step()), this->pixel_step());
     if (!ready_) this->copy(tensors_.grad_y, g_map(), this->shape_.channels);
@@ -512,13 +526,9 @@ class StagedBackward : protected StagedPass<Precision> {
     if (this->options_.need_input && !g_in_place_) this->copy(g_map(), tensors_.grad_x, this->shape_.channels);
   }
 
-  void fill_slopes() const {
+  TableSource<Wide> slopes() const {
     const double* sums = this->options_.batch_statistics ? tensors_.sums : nullptr;
-    const double* products = sums ? sums + this->shape_.segments * this->shape_.rows() : nullptr;
-    for_each_norm(this->view_.extents, [&](Norm, int, const NormRows& rows, int64_t count) {
-      launch(this->launcher_.by_element("make_slopes", count), make_slopes<Wide>, rows, sums, products,
-             static_cast<double>(this->options_.count), this->view_.tables);
-    });
+    return {false, true, tensors_.statistics, this->options_.eps, sums, static_cast<double>(this->options_.count)};
   }
 
   void use_block(int64_t first) {
@@ -597,11 +607,20 @@ class StagedBackward : protected StagedPass<Precision> {
         return {grads.project, nullptr, e.segment, 0, e.hidden, 0, 1};
     }
   }
-  void launch_sums(const Wide* partials, int64_t ranges, Which which, int64_t first, int64_t count, int64_t m) const {
-    const WeightGradients<Wide> to = destination(which, m);
-    const GradientShape size = gradient_shape(this->view_.extents, which, static_cast<int>(m));
-    launch(this->launcher_.by_element("sum_partials", count * (to.upper_rows + to.lower_rows) * to.width),
-           sum_partials<Wide>, partials, ranges, static_cast<int>(first), static_cast<int>(count), size, to);
+  PartialSums<Wide> sums_of(const Wide* partials, int64_t ranges, Which which, int64_t m) const {
+    return {partials, ranges, gradient_shape(this->view_.extents, which, static_cast<int>(m)), destination(which, m)};
+  }
+  void launch_sums(const std::vector<PartialSums<Wide>>& of, int64_t first, int64_t count) const {
+    if (of.empty()) return;
+    SumsOfUnit<Wide> sums{};
+    std::copy(of.begin(), of.end(), sums.of);
+    int64_t most = 0;
+    for (const PartialSums<Wide>& each : of) {
+      most = std::max<int64_t>(most, count * (each.to.upper_rows + each.to.lower_rows) * each.to.width);
+    }
+    Launch how = this->launcher_.by_element("sum_partials", most);
+    how.grid.y = static_cast<unsigned>(of.size());
+    launch(how, sum_partials<Wide>, sums, static_cast<int>(first), static_cast<int>(count));
   }
   template <Which which, bool first_unit>
   void launch_weights(int64_t first, int64_t count, int64_t m) const {
@@ -624,7 +643,7 @@ class StagedBackward : protected StagedPass<Precision> {
     launch(Launch{"weight_gradient", grid, dim3(Tile::kThreads), sizeof(Pool<Precision, Tile>), this->launcher_.stream,
                   &this->shape_},
            kernel, this->view_, static_cast<int>(first), static_cast<int>(m), range, partials_);
-    launch_sums(partials_, used, which, first, count, m);
+    launch_sums({sums_of(partials_, used, which, m)}, first, count);
   }
   void weights(int64_t first, int64_t count) const {
     if (!this->options_.need_parameters) return;

@@ -1,5 +1,5 @@
 // Batch norms as tables of a few numbers a row, made where they do not come out of a stage: for given statistics, and
-// for steps, between which a caller may have changed them. One thread a row.
+// for steps, between which a caller may have changed them. One thread a row (prepare.cuh).
 #pragma once
 
 #include "cuda/view.cuh"
@@ -55,51 +55,40 @@ GUNN_DEVICE void set_slope(const Tables<Wide>& tables, int64_t at, double sum, d
 }
 
 // One batch norm of all segments: as parameters (P, channels), from `row` on in statistics (P, rows), from `z_row` on
-// in tables (P, z_rows), where `padded_channels` have a place. One thread each.
+// in tables (P, z_rows), where `padded_channels` have a place.
 struct NormRows {
-  int channels, padded_channels, row, rows, z_row, z_rows, segments;
-
-  GUNN_DEVICE bool mine(int64_t* in_norm, int64_t* in_statistics, int64_t* in_tables) const {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, segment = at / padded_channels;
-    const int64_t channel = at % padded_channels;
-    *in_norm = channel < channels ? segment * channels + channel : -1;
-    *in_statistics = segment * rows + row + channel;
-    *in_tables = segment * z_rows + z_row + channel;
-    return segment < segments;
-  }
+  int channels, padded_channels, row, rows, z_row, z_rows;
 };
 
-// Rows of zeros, as the padding keeps them; with statistics, scale and shift.
+// What tables are made from.
 template <class Wide>
-__global__ void make_tables(NormRows norm, const Wide* weight, const Wide* bias, const Wide* mean, const Wide* var,
-                            Tables<Wide> tables, double eps) {
-  int64_t in_norm, in_statistics, at;
-  if (!norm.mine(&in_norm, &in_statistics, &at)) return;
-  if (in_norm >= 0 && mean != nullptr) {
-    set_affine(tables, at, mean[in_statistics], var[in_statistics], weight[in_norm], bias[in_norm], eps);
-  } else {
-    tables.mean[at] = tables.scale[at] = tables.shift[at] = tables.inverse[at] = 0;
-  }
-}
+struct TableSource {
+  bool affine, slopes;  // which of them: mean, scale, shift, inverse; a, b, c, for which the others are there or made
+  const Wide* statistics;  // (2, P, rows), or null: zeros
+  double eps;
+  const double* sums;  // (2, P, rows): sum and product of every slope; null: dz = d * scale, as with given statistics
+  double count;
+};
 
-// With given statistics (`sum` null) dz = d * scale.
+// Place `at` of a norm's; zeros in the padding.
 template <class Wide>
-__global__ void make_slopes(NormRows norm, const double* sum, const double* product, double count,
-                            Tables<Wide> tables) {
-  int64_t in_norm, in_statistics, at;
-  if (!norm.mine(&in_norm, &in_statistics, &at)) return;
-  if (in_norm >= 0 && sum != nullptr) {
-    set_slope(tables, at, sum[in_statistics], product[in_statistics], count);
-  } else {
-    tables.a[at] = tables.scale[at];
-    tables.b[at] = tables.c[at] = 0;
+GUNN_DEVICE void make_tables(const NormRows& norm, int64_t at, int64_t segments, const Wide* weight, const Wide* bias,
+                             const TableSource<Wide>& from, const Tables<Wide>& tables) {
+  const int64_t segment = at / norm.padded_channels, channel = at % norm.padded_channels;
+  const int64_t in_norm = segment * norm.channels + channel, to = segment * norm.z_rows + norm.z_row + channel;
+  const int64_t mean = segment * norm.rows + norm.row + channel, var = mean + segments * norm.rows;
+  const bool real = channel < norm.channels;
+  if (from.affine && real && from.statistics != nullptr) {
+    set_affine(tables, to, from.statistics[mean], from.statistics[var], weight[in_norm], bias[in_norm], from.eps);
+  } else if (from.affine) {
+    tables.mean[to] = tables.scale[to] = tables.shift[to] = tables.inverse[to] = 0;
   }
-}
-
-// Zeros, for the counters of the exchanges.
-static __global__ void clear(unsigned* data, int64_t count) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at < count) data[at] = 0;
+  if (from.slopes && real && from.sums != nullptr) {
+    set_slope(tables, to, from.sums[mean], from.sums[var], from.count);
+  } else if (from.slopes) {
+    tables.a[to] = tables.scale[to];
+    tables.b[to] = tables.c[to] = 0;
+  }
 }
 
 }  // namespace gunn

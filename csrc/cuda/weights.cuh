@@ -1,6 +1,6 @@
 // Weights as the products read them: rounded, padded, in the order in which they are staged.
 //
-// Owns:      one thread packs one element, once a pass.
+// Owns:      one thread packs one element, once a pass (prepare.cuh).
 // Leaves:    for each segment, tile of 64 rows and chunk of depth: [rows of the tile][kDepth], so that staging is a
 // copy.
 //            Rows and depth are padded like the channels they stand for; padding is zero.
@@ -64,15 +64,15 @@ GUNN_DEVICE Wide weight_at(const Extents& extents, Pack pack, int unit, const Wi
   return out < s && in < k ? weight[out * k + in] : 0;
 }
 
-// Segments blockIdx.y….
+// Place `in_all` of all segments'.
 template <class Precision>
-__global__ void pack_weights(Extents extents, Pack pack, int unit, const typename Precision::Wide* weight,
-                             const typename Precision::Wide* shortcut, typename Precision::Element* to) {
+GUNN_DEVICE void pack_weight(const Extents& extents, Pack pack, int unit, int64_t in_all,
+                             const typename Precision::Wide* weight, const typename Precision::Wide* shortcut,
+                             typename Precision::Element* to) {
   constexpr int D = Pool<Precision>::kDepth;
   const PackShape shape = pack_shape(extents, pack, unit);
-  const int64_t size = shape.size<Precision>(), at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= size) return;
-  const int64_t segment = blockIdx.y, n = extents.inputs(unit), k = extents.hidden, s = extents.segment;
+  const int64_t size = shape.size<Precision>(), segment = in_all / size, at = in_all % size;
+  const int64_t n = extents.inputs(unit), k = extents.hidden, s = extents.segment;
   const int64_t tile_size = static_cast<int64_t>(kColumns) * shape.chunks<Precision>() * D;
   const int first = static_cast<int>(at / tile_size) * kColumns, rows = min(shape.rows - first, kColumns);
   const int in_tile = static_cast<int>(at % tile_size), chunk = in_tile / (rows * D), in_chunk = in_tile % (rows * D);
@@ -85,7 +85,7 @@ __global__ void pack_weights(Extents extents, Pack pack, int unit, const typenam
     value = weight_at(extents, pack, unit, weight + segment * step, shortcut ? shortcut + segment * s * n : nullptr,
                       row, depth);
   }
-  to[segment * size + at] = Precision::element(value);
+  to[in_all] = Precision::element(value);
 }
 
 // One segment's packed weights, of the tile of rows that begins at `first`.

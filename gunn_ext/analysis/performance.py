@@ -363,7 +363,7 @@ def staged(
     def times(parts: Parts, count: float) -> Parts:
         return Parts(*(count * value for value in parts.values()))
 
-    compulsory = Parts(memory=2 * state / limits.memory_bandwidth)
+    compulsory = Parts(memory=2 * state / limits.memory_bandwidth, launch=limits.launch)  # weights are packed in one
     units = [(n, made, m == 0) for m, (n, made) in enumerate(sizes.units_in_order())]
     unit_stages = [work for n, made, first in units for work in _unit_stages(k, s, n, made, first)]
     write_back = _Stage(0, 4 * s, 0, s)
@@ -377,7 +377,7 @@ def staged(
     blocks = sizes.segments / block
     chain = [work for n, made, _ in units for work in _chain_stages(k, s, n, made, wide)]
     gradients = [work for n, made, first in units for work in _gradients(k, s, n, made, first)]
-    backward = Parts(memory=(4 * state + kept) / limits.memory_bandwidth)
+    backward = Parts(memory=(4 * state + kept) / limits.memory_bandwidth, launch=limits.launch)
     backward += times(_sum(stage(work) for work in chain), sizes.segments)
     if recompute:
         backward += times(_sum(stage(work, block) for work in unit_stages), blocks)
@@ -456,7 +456,8 @@ def persistent(
 
     flops = sizes.flops(batch)
     blocks = min(tiles, limits.processors)
-    once = Parts(memory=2 * state / limits.memory_bandwidth, launch=limits.launch)
+    # Weights are packed in a launch of its own.
+    once = Parts(memory=2 * state / limits.memory_bandwidth, launch=2 * limits.launch)
     evaluation = once + products(flops, weights * blocks + streamed, operands)
     kept = (2 * k + 2 * s) * sizes.units * segments * pixels * item
     exchanges = Parts(exchange=3 * segments * sizes.units * limits.exchange)
@@ -479,7 +480,7 @@ def persistent(
     weight_gradients += Parts(memory=(1 + k / (k + s)) * kept / limits.memory_bandwidth)
     each = 2 * kept / segments
     launches = math.ceil(segments / max(1, max(_LEAST_CHAIN, 3 * state) // each))
-    backward = chain + weight_gradients + Parts(launch=(8 + 6 * launches) * limits.launch)
+    backward = chain + weight_gradients + Parts(launch=(1 + (4 if k <= 24 else 5) * launches) * limits.launch)
     if recompute:
         again = products(flops, weights * blocks + streamed, operands)
         backward += again + Parts(memory=(launches * state + kept) / limits.memory_bandwidth)

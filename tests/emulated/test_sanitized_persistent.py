@@ -71,7 +71,7 @@ SENT, RECEIVED = lines_with(r"\bsend(_bits)?\("), lines_with(r"\breceive\(")
 LAUNCHES = sorted(
     {
         name
-        for file in (*faults.HOST, "host.cuh")
+        for file in (*faults.HOST, "prepare.cuh")
         for name in re.findall(r'(?:by_\w+\(|[{])"(\w+)"', (faults.CUDA / file).read_text())
     }
 )
