@@ -18,6 +18,7 @@ CASES = [
     (9, 9, 1, True, 2, 6, 7),
     (24, 2, 2, False, 2, 9, 8),
     (80, 2, 1, False, 1, 12, 11),
+    (24, 2, 1, True, 300, 8, 8),  # in turns
 ]
 ERRORS = {torch.float64: 1e-9, torch.float32: 2e-2, torch.bfloat16: 0.15, torch.float16: 4e-2}
 

@@ -13,6 +13,11 @@ CASES = [
     Case(36, 3, batch=40, height=16, width=16),
     Case(24, 2, batch=1, height=33, width=17),
     Case(48, 4, batch=2, height=9, width=8),
+    Case(120, 3, shortcut=False, batch=2, height=8, width=8),  # weights through a ring
+    # More blocks than an exchange takes: they take turns.
+    Case(36, 3, batch=300, height=8, width=8),
+    Case(36, 3, batch=150, height=16, width=32),
+    Case(120, 3, shortcut=False, batch=300, height=4, width=6),
     Case(240, 20, batch=64, height=32, width=32),  # half images, some channels streamed; several launches backward
 ]
 LARGE = CASES[-1]
