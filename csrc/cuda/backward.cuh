@@ -1,5 +1,5 @@
 // The backward's chain of gradients, one kernel a stage, segments and units in reverse order. The pre-activations z of
-// the segment are at hand; g is the gradient of the state, in the wide dtype. For one unit:
+// the segment are at hand; g is the gradient of the state, rounded to storage once a segment. For one unit:
 //
 //   unit_gradient     d3 = gradient of the unit's output (the last unit's: g[c_i]); sums of d3, d3 * (z3 - mean)
 //   project_backward  d2 = W3ᵀ dz3 through the ReLU; sums of d2, d2 * (z2 - mean)
@@ -58,7 +58,7 @@ GUNN_DEVICE void publish_sums(Pool<Precision, Tile>& pool, const View<Precision>
 // same d, another z. From g where the unit is the last one, else as input_backward left it.
 template <class Precision>
 __global__ void __launch_bounds__(kThreads, kResident<Precision>)
-    unit_gradient(View<Precision> view, const typename Precision::Wide* g, int64_t g_step, int segment, int unit,
+    unit_gradient(View<Precision> view, const typename Precision::Storage* g, int64_t g_step, int segment, int unit,
                   SumsOut<typename Precision::Wide> out) {
   using Wide = typename Precision::Wide;
   using Storage = typename Precision::Storage;
@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(kThreads, kResident<Precision>)
   const int64_t z_step = extents.z_rows(), d_step = extents.d_rows(), first = pool.window[0].first;
   const Storage* z = view.z_of(segment) + first * z_step + row;
   Storage* d = view.d_of(segment) + first * d_step + extents.d_row(Norm::project, unit) + j;
-  const Wide* from = g + first * g_step + static_cast<int64_t>(segment) * extents.segment + j;
+  const Storage* from = g + first * g_step + static_cast<int64_t>(segment) * extents.segment + j;
   Wide sum = 0, product = 0;
   if (share.active) {
     const Wide mean = view.tables.mean[view.in_tables(segment, row)];
     for (int m = share.part; m < pool.window[0].count; m += share.parts) {
       Storage gradient;
       if (from_g) {
-        gradient = from_float<Storage>(j < extents.segment ? from[m * g_step] : 0);
+        gradient = j < extents.segment ? from[m * g_step] : from_float<Storage>(0);
         if (column < s) d[m * d_step] = gradient;
       } else {
         gradient = d[m * d_step];
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
 // Unit 0 adds to g, whose segment is replaced where the layer does; a later unit leaves d3 of the one before.
 template <class Precision, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
-    input_backward(View<Precision> view, typename Precision::Wide* g, int64_t g_step, int segment, int unit,
+    input_backward(View<Precision> view, typename Precision::Storage* g, int64_t g_step, int segment, int unit,
                    const typename Precision::Element* packed) {
   using Source = GradientOfInput<Precision, Norm::reduce>;
   using Wide = typename Precision::Wide;
@@ -178,20 +178,21 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
   leave(pool, product);
 
   // Padding of g is nobody's.
-  constexpr int V = Vector<Wide>::kSize;
+  constexpr int V = Vector<Storage>::kSize;
   const int pieces = weights.rows / V, total = pieces * pool.window[0].count;
   const int64_t d_step = extents.d_rows();
   for (int e = threadIdx.x; e < total; e += Tile::kThreads) {
     const int m = e / pieces, column = e % pieces * V, channel = first + column;
-    const Vector<Wide> sums = load_vector(pool.tile.out + m * Pool<Precision, Tile>::kOutStride + column);
+    Values<Precision> sums;
+    read_table<Precision>(pool.tile.out + m * Pool<Precision, Tile>::kOutStride + column, sums);
     const int64_t pixel = pool.window[0].first + m;
     if (unit == 0) {
-      Wide* to = g + pixel * g_step + channel;
-      Vector<Wide> values = load_vector(to);
+      Storage* to = g + pixel * g_step + channel;
+      Vector<Storage> values = load_vector(to);
       GUNN_UNROLL
       for (int v = 0; v < V; ++v) {
         const bool replaced = !extents.residual && (channel + v) / extents.segment == segment;
-        values.values[v] = replaced ? sums.values[v] : values.values[v] + sums.values[v];
+        values.values[v] = from_float<Storage>(replaced ? sums[v] : to_float(values.values[v]) + sums[v]);
       }
       store_vector(to, values);
     } else {
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Precision, Tile>)
       GUNN_UNROLL
       for (int v = 0; v < V; ++v) {
         const Wide own = to_float(d[extents.d_row(Norm::project, unit) + v]);
-        d[extents.d_row(Norm::project, unit - 1) + v] = from_float<Storage>(own + sums.values[v]);
+        d[extents.d_row(Norm::project, unit - 1) + v] = from_float<Storage>(own + sums[v]);
       }
     }
   }

@@ -347,10 +347,8 @@ class StagedBackward : protected StagedPass<Precision> {
  public:
   StagedBackward(const LayerShape& shape, const Options& options, const Tensors& tensors)
       : Pass(shape, options), tensors_(tensors) {
-    if constexpr (std::is_same_v<Storage, Wide>) {
-      g_in_place_ = options.need_input && lies_ready(tensors.grad_x, shape, options);
-      if (g_in_place_) g_ = tensors.grad_x.data;
-    }
+    g_in_place_ = options.need_input && lies_ready(tensors.grad_x, shape, options);
+    if (g_in_place_) g_ = tensors.grad_x.data;
     Arena arena(tensors.workspace);
     // The saved pre-activations are only read; one buffer type serves both cases.
     take(arena, const_cast<Storage*>(tensors.saved), lies_ready(tensors.x, shape, options),
@@ -361,7 +359,7 @@ class StagedBackward : protected StagedPass<Precision> {
     StagedBackward pass(shape, options);
     Arena arena(nullptr);
     Storage pretend;
-    pass.g_in_place_ = std::is_same_v<Storage, Wide> && options.need_input && options.pixel_major;
+    pass.g_in_place_ = options.need_input && options.pixel_major;
     pass.take(arena, kept ? &pretend : nullptr, options.pixel_major, options.pixel_major, pass.own_chain());
     return arena.bytes();
   }
@@ -463,7 +461,7 @@ class StagedBackward : protected StagedPass<Precision> {
     this->view_.x = x_copy_ ? x_copy_ : tensors_.x.data;
     this->view_.y = y_copy_ ? y_copy_ : tensors_.y.data;
     this->view_.x_step = this->view_.y_step = this->pixel_step();
-    if (!g_in_place_ && !ready_) g_ = this->template take_copy<Wide>(arena, true);
+    if (!g_in_place_ && !ready_) g_ = this->template take_copy<Storage>(arena, true);
     if (!this->options_.need_parameters) return;
     int64_t elements = 0;
     for (int m = 0; m < e.units; ++m) {
@@ -501,7 +499,7 @@ class StagedBackward : protected StagedPass<Precision> {
     return static_cast<int64_t>((size.width + Tile::kRows - 1) / Tile::kRows) * column_tiles<Tile>(size.rows);
   }
 
-  FeatureMap<Wide> g_map() const { return pixel_major(g_, this->shape_, this->pixel_step()); }
+  FeatureMap<Storage> g_map() const { return pixel_major(g_, this->shape_, this->pixel_step()); }
 
   void begin() const {
     Preparation<Precision> preparation = this->preparation();
@@ -661,8 +659,8 @@ class StagedBackward : protected StagedPass<Precision> {
   Tensors tensors_{};
   bool kept_ = false, ready_ = false, g_in_place_ = false;
   int64_t block_ = 1, usual_block_ = 1;
-  Storage *saved_ = nullptr, *x_copy_ = nullptr, *y_copy_ = nullptr;
-  Wide *g_ = nullptr, *partials_ = nullptr;
+  Storage *saved_ = nullptr, *x_copy_ = nullptr, *y_copy_ = nullptr, *g_ = nullptr;
+  Wide* partials_ = nullptr;
 };
 
 }  // namespace gunn

@@ -295,13 +295,13 @@ def _unit_stages(k: int, s: int, n: int, made: int, first: bool) -> list[_Stage]
     ]
 
 
-def _chain_stages(k: int, s: int, n: int, made: int, wide: float) -> list[_Stage]:
-    """The gradients' chain; the state's gradient is float32, ``wide`` times as large as a value."""
+def _chain_stages(k: int, s: int, n: int, made: int) -> list[_Stage]:
+    """The gradients' chain."""
     return [
-        _Stage(0, 3 * s + wide * s + s, 0, s),
+        _Stage(0, 5 * s, 0, s),
         _Stage(2 * k * s, 2 * k, 2 * s, k, k * s),
         _Stage(18 * k * k, 2 * k, 2 * k, k, 9 * k * k, large=True),
-        _Stage(2 * n * made, 2 * wide * n, 2 * made, n, n * made, large=True),
+        _Stage(2 * n * made, 2 * n, 2 * made, n, n * made, large=True),
     ]
 
 
@@ -337,7 +337,6 @@ def staged(
     item, usable = BYTES[dtype], limits.usable_flops(dtype)
     state = sizes.state_bytes(batch, dtype)
     in_cache = state + 2 * (k + s) * pixels * item <= limits.cache_bytes
-    wide = max(1.0, 4 / item)
     large = large_tiles and item == 2
 
     def moved(values: float, weights: float = 0.0) -> Parts:
@@ -375,7 +374,7 @@ def staged(
     per_segment = (4 * k + 3 * s) * sizes.units * pixels * item
     block = max(1, min(sizes.segments, int(max(state, _LEAST_BLOCK) // per_segment)))
     blocks = sizes.segments / block
-    chain = [work for n, made, _ in units for work in _chain_stages(k, s, n, made, wide)]
+    chain = [work for n, made, _ in units for work in _chain_stages(k, s, n, made)]
     gradients = [work for n, made, first in units for work in _gradients(k, s, n, made, first)]
     backward = Parts(memory=(4 * state + kept) / limits.memory_bandwidth, launch=limits.launch)
     backward += times(_sum(stage(work) for work in chain), sizes.segments)
