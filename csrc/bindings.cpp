@@ -152,16 +152,11 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> sizes(const LayerShape& shape, co
   });
 }
 
-std::pair<std::string, std::string> drivers(const LayerShape& shape, const Options& options, const std::string& dtype,
-                                            bool keep) {
-  return with_kernels(options, dtype, [&](const auto& kernels) -> std::pair<std::string, std::string> {
-    const DriverNames names = kernels.drivers(shape, options, keep);
-    return {names.forward, names.backward};
-  });
-}
-std::string large_tiles(const LayerShape& shape, const Options& options, const std::string& dtype, bool keep) {
-  return with_kernels(options, dtype,
-                      [&](const auto& kernels) { return kernels.drivers(shape, options, keep).large_tiles; });
+std::tuple<std::string, std::string, std::string, std::string> drivers(const LayerShape& shape, const Options& options,
+                                                                       const std::string& dtype, bool keep) {
+  const DriverNames names =
+      with_kernels(options, dtype, [&](const auto& kernels) { return kernels.drivers(shape, options, keep); });
+  return {names.forward, names.backward, names.large_tiles, names.turns};
 }
 
 template <class Scalar, class Wide, class Saved>
@@ -294,7 +289,6 @@ PYBIND11_MODULE(_core, m) {
       "threads"_a, "rounds"_a, release);
   m.def("sizes", &sizes, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
   m.def("drivers", &drivers, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
-  m.def("large_tiles", &large_tiles, "shape"_a, "options"_a, "dtype"_a, "keep"_a, release);
   m.def("prefer_large_pages", &prefer_large_pages, "begin"_a, "bytes"_a);
   m.def("forward", &forward, "shape"_a, "options"_a, "dtype"_a, py::kw_only(), "x"_a, "x_strides"_a, "y"_a,
         "y_strides"_a, "parameters"_a, "statistics"_a, "saved"_a, "workspace"_a, "step"_a = "", "segment"_a = 0,

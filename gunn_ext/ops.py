@@ -404,11 +404,14 @@ class Drivers(NamedTuple):
         forward: ``fused`` on the CPU; ``staged`` or ``persistent`` on a GPU.
         backward: The same.
         large_tiles: Kernels of the staged driver that take them, names with commas between; none on the CPU.
+        turns: Passes of the persistent driver, ``forward`` and ``backward``, for whose pixels a GPU has not room at
+            once; none on the CPU.
     """
 
     forward: str
     backward: str
     large_tiles: str
+    turns: str
 
 
 def drivers(
@@ -442,8 +445,7 @@ def drivers(
     options = {"batch_statistics": batch_statistics, "eps": 1.0}
     call = _call(x, segments, expansion, units, shortcut, residual, tensor_float, **options)
     asked = (call.shape, call.options, call.name, keep)
-    forward, backward = found.core.drivers(*asked)
-    return Drivers(forward, backward, found.core.large_tiles(*asked))
+    return Drivers(*found.core.drivers(*asked))
 
 
 # --- The two operators ---------------------------------------------------------------------------------------------

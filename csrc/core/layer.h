@@ -106,6 +106,7 @@ struct Sizes {
 struct DriverNames {
   const char *forward, *backward;
   std::string large_tiles;  // kernels of the GPU's staged driver that take them here, by name
+  std::string turns;        // passes of its persistent driver in which not all of the layer finds room at once
 };
 
 // One backend at one instruction set and dtype.

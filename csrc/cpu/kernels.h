@@ -65,7 +65,7 @@ inline double multiply_adds(int threads, int64_t rounds) {
   return each * threads;
 }
 
-inline DriverNames drivers(const LayerShape&, const Options&, bool) { return {"fused", "fused", ""}; }
+inline DriverNames drivers(const LayerShape&, const Options&, bool) { return {"fused", "fused", "", ""}; }
 
 template <class Precision>
 constexpr typename Precision::Table kernels() {

@@ -40,11 +40,15 @@ struct Drivers {
     return sizes;
   }
   static DriverNames drivers(const LayerShape& shape, const Options& options, bool keep) {
-    DriverNames names{"staged", "staged", StagedBackward<Precision>::large_kernels(shape, options, keep)};
+    DriverNames names{"staged", "staged", StagedBackward<Precision>::large_kernels(shape, options, keep), ""};
     if constexpr (kPersistent) {
       if (persistent_wanted(options)) {
-        if (PersistentForward<Precision>(shape, options).takes()) names.forward = "persistent";
-        if (PersistentBackward<Precision>(shape, options, keep).takes()) names.backward = "persistent";
+        const PersistentForward<Precision> forward(shape, options);
+        const PersistentBackward<Precision> backward(shape, options, keep);
+        if (forward.takes()) names.forward = "persistent";
+        if (backward.takes()) names.backward = "persistent";
+        if (forward.takes() && forward.takes_turns()) names.turns = "forward";
+        if (backward.takes() && backward.takes_turns()) names.turns += names.turns.empty() ? "backward" : ", backward";
       }
     }
     return names;

@@ -63,6 +63,8 @@ class PersistentKernel {
   bool takes() const { return chosen_.kernel != nullptr; }
   // Whether its blocks have several bands, with exchanges between steps.
   bool turns() const { return chosen_.turns; }
+  // Whether not all bands find room at once, so that or in several launches.
+  bool takes_turns() const { return chain.blocks < chain.all_bands; }
 
   void take(Arena& arena) {
     const Extents& e = chain.extents;
@@ -345,6 +347,7 @@ class PersistentForward {
         kernel_(launcher_, extents_of(shape), options.batch_statistics) {}
 
   bool takes() const { return !options_.stepwise && kernel_.takes(); }
+  bool takes_turns() const { return kernel_.takes_turns(); }
 
   int64_t workspace_bytes(bool keep) {
     Arena arena(nullptr);
@@ -412,6 +415,7 @@ class PersistentBackward : StagedBackward<Precision> {
         products_(this->launcher_, this->view_.extents) {}
 
   bool takes() const { return !this->options_.stepwise && chain_.takes(); }
+  bool takes_turns() const { return chain_.takes_turns(); }
 
   int64_t workspace_bytes() {
     Arena arena(nullptr);

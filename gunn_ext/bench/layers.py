@@ -98,7 +98,7 @@ class _Cell:
         with asking_for(peer.driver):
             if peer.ours:
                 row["backend"] = ops.backend(x.device, self.dtype)
-                row["driver"], row["large_tiles"] = served_by(layer, x)
+                row |= served_by(layer, x)
                 if peer.driver and row["driver"] != peer.driver:
                     raise ValueError(f"the {peer.driver} driver does not take this layer; {row['driver']} would")
             size = (self.case.sizes, self.settings.batch, self.name, self.which)

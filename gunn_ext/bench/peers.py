@@ -124,12 +124,12 @@ def asking(driver: str | None, work: Callable[[], Any]) -> Callable[[], Any]:
     return asked
 
 
-def served_by(layer: StackedLayer, x: Tensor) -> tuple[str, str]:
-    """Which driver the kernels take for ``x``, as asked for now, two names where the backward has another.
+def served_by(layer: StackedLayer, x: Tensor) -> dict[str, str]:
+    """Columns of a row: which ``driver`` the kernels take for ``x``, as asked for now (two where they differ).
 
-    And which kernels of the staged CUDA driver take large tiles.
+    And which kernels of the staged CUDA driver take ``large_tiles``, which passes of the persistent one ``turns``.
     """
-    forward, backward, large_tiles = ops.drivers(
+    forward, backward, large_tiles, turns = ops.drivers(
         x,
         layer.segments,
         layer.expansion,
@@ -139,4 +139,5 @@ def served_by(layer: StackedLayer, x: Tensor) -> tuple[str, str]:
         batch_statistics=layer.training,
         keep=layer.training and not layer.recompute,
     )
-    return forward if forward == backward or not layer.training else f"{forward}, {backward}", large_tiles
+    driver = forward if forward == backward or not layer.training else f"{forward}, {backward}"
+    return {"driver": driver, "large_tiles": large_tiles, "turns": turns}

@@ -30,6 +30,7 @@ FIELDS = (
     "backend",
     "driver",
     "large_tiles",
+    "turns",
     "threads",
     "ms",
     "ms_20",

@@ -154,7 +154,7 @@ def test_the_tile_is_a_function_of_sizes_and_dtype(core, monkeypatch):
     """By number of tiles on an H200 and by columns: of GUNN-24, GUNN-18 and GUNN-15."""
 
     def large(case, dtype="bfloat16"):
-        return core.large_tiles(*told(core, case), dtype, False)
+        return core.drivers(*told(core, case), dtype, False)[2]
 
     weights = "weight_gradient of reduce, weight_gradient of spatial"
     everything = f"reduce, spatial, spatial_backward, input_backward, {weights}"

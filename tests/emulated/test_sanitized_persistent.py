@@ -18,7 +18,6 @@ TRAIN = (
     "persistent_eights",
     "persistent_turns",
     "persistent_ring",
-    "persistent_ring_turns",
 )
 SMALL = tuple(f"{case}{mode}" for case in TRAIN for mode in ("", "_given"))
 CASES = (
@@ -26,6 +25,7 @@ CASES = (
     "persistent_streamed",
     "persistent_streamed_bands_given",
     "persistent_ring_streamed",
+    "persistent_ring_turns",
     "persistent_wide",
     "persistent_wide_no_shortcut",
     "persistent_eights_channels_last",
