@@ -145,7 +145,7 @@ class PersistentKernel {
       const int64_t rounds = (all + groups - 1) / groups;
       blocks = (all + rounds - 1) / rounds * together;
     }
-    if ((!whole && blocks > most) || all_bands > INT32_MAX) return false;
+    if ((!whole && blocks > most) || all_bands > INT32_MAX / 2) return false;
     how.cooperative = !whole;
     how.grid = dim3(static_cast<unsigned>(blocks + clerks));
     chain.bands = bands, chain.band_rows = band_rows;
