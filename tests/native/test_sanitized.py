@@ -1,5 +1,7 @@
 """The CPU kernels under sanitizers: clean as they are, and not without any one of their barriers."""
 
+import re
+
 import pytest
 from native_program import barriers
 
@@ -17,5 +19,9 @@ def test_no_races(native):
 
 @pytest.mark.parametrize("place", barriers())
 def test_a_barrier_left_out_is_found(native, place):
-    done = native.run("thread", native.widest, f"planted={place}", "one_image", "units")
-    assert "data race" in done.stderr, place
+    """As a race, or where threads happened to meet elsewhere in what they computed; which one, time decides."""
+    for _ in range(3):
+        done = native.run("thread", native.widest, f"planted={place}", "one_image", "units")
+        if re.search("data race|bits depend", done.stderr):
+            return
+    raise AssertionError(f"{place}: {done}")
