@@ -517,7 +517,7 @@ inline const std::vector<std::pair<const char*, Setup>>& ring_setups() {
   static const std::vector<std::pair<const char*, Setup>> all = {
       {"persistent_ring", on(3, {{1, 120, 1, 40, 3, 2, 1, false, true}})},
       {"persistent_ring_given", on(3, given({{1, 120, 1, 40, 3, 2, 1, false, true}}))},
-      {"persistent_ring_turns", on(2, {{2, 80, 1, 40, 2, 2, 1, false, true}})},  // of one block
+      {"persistent_ring_turns", on(2, {{2, 80, 1, 40, 2, 2, 1, false, true}})},          // of one block
       {"persistent_ring_streamed", on(2, {{1, 114, 5, 6, 3, 2, 1, false, false}}, 66)},  // k 76, s 38
   };
   return all;
