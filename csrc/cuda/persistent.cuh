@@ -186,11 +186,9 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
     std::vector<typename Base::Candidate> all{
         candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(), candidate<3, 2, 8, 2, kWide>(),
         candidate<3, 2, 8, 4, true>(),  candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, kWide>(),
-        candidate<1, 1, 8, 4, true>(),  with_turns<3, 2, 8, 2>(),       with_turns<1, 1, 8, 2>()};
-    if constexpr (!kWide) {
-      all.insert(all.end(), {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
-                             candidate<10, 5, 8, 2, true>(), with_turns<10, 5, 8, 2>()});
-    }
+        candidate<1, 1, 8, 4, true>(),  candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
+        with_turns<3, 2, 8, 2>(),       with_turns<1, 1, 8, 2>(),       with_turns<10, 5, 8, 2>()};
+    if constexpr (!kWide) all.push_back(candidate<10, 5, 8, 2, true>());  // of four bytes has not enough registers
     return all;
   }
 
@@ -220,14 +218,13 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
   }
   static std::vector<typename Base::Candidate> candidates() {
     constexpr bool kWide = Base::kWide;
-    std::vector<typename Base::Candidate> all{candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(),
-                                              candidate<3, 2, 8, 2, kWide>(), candidate<1, 1, 4, 1, false>(),
-                                              candidate<1, 1, 8, 2, kWide>(), candidate<1, 1, 8, 4, true>(),
-                                              with_turns<3, 2, 8, 2>(),       with_turns<1, 1, 8, 2>()};
-    if constexpr (!kWide) {
-      all.push_back(candidate<3, 2, 8, 4, true>());  // of four bytes has not enough registers
-      all.insert(all.end(), {candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
-                             candidate<10, 5, 8, 2, true>(), with_turns<10, 5, 8, 2>()});
+    std::vector<typename Base::Candidate> all{
+        candidate<3, 2, 4, 1, false>(), candidate<3, 2, 8, 1, kWide>(), candidate<3, 2, 8, 2, kWide>(),
+        candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, kWide>(), candidate<1, 1, 8, 4, true>(),
+        candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(), with_turns<3, 2, 8, 2>(),
+        with_turns<1, 1, 8, 2>(),       with_turns<10, 5, 8, 2>()};
+    if constexpr (!kWide) {  // of four bytes have not enough registers
+      all.insert(all.end(), {candidate<3, 2, 8, 4, true>(), candidate<10, 5, 8, 2, true>()});
     }
     return all;
   }

@@ -56,6 +56,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
   using Base::count_;
   using Base::kEach;
   using Base::KP;
+  using Base::kStep;
   using Base::lane_;
   using Base::layout_;
   using Base::RP;
@@ -71,8 +72,8 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
   GUNN_DEVICE void run() {
     const Extents& extents = chain_.extents;
     const int begin = chain_.first_segment, last = chain_.last_segment;
-    const auto pairs = [&] { return (this->pinned(extents.channels) + 15) / 16; };
-    const auto half = [&] { return kRing ? pairs() / (2 * kSlotSteps) * kSlotSteps : pairs() / 2; };  // in whole slots
+    const auto steps = [&] { return (this->pinned(extents.channels) + kStep - 1) / kStep; };
+    const auto half = [&] { return kRing ? steps() / (2 * kSlotSteps) * kSlotSteps : steps() / 2; };  // in whole slots
     this->fetch(Kind::spatial, last);
     this->fetch(Kind::project, last);
     fetch_tables(last);
@@ -90,7 +91,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
     Packed<RP> dz;  // of the segment before, whose spread is not complete, as operand
     for (int i = last; i >= begin; --i) {
       const bool spreads = i < last;
-      const int first_late = i * extents.segment / 16, last_late = ((i + 1) * extents.segment - 1) / 16;
+      const int first_late = i * extents.segment / kStep, last_late = ((i + 1) * extents.segment - 1) / kStep;
       const unsigned epoch = extents.segments - i;
 
       Packed<SP> d3;
@@ -122,7 +123,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
       this->send_edges(d2, epoch);
       this->store_hidden(d2);  // as it is, until its batch norm's sums are back
       exchange(Kind::spatial, epoch);
-      if (spreads) spread(dz, i + 1, half(), pairs(), first_late, last_late);
+      if (spreads) spread(dz, i + 1, half(), steps(), first_late, last_late);
       Packed<KP> z1;
       load(i, Norm::reduce, z1);
       if (kRing) {
@@ -156,12 +157,12 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
       join(z1, dzs, dz);
       if (i > begin) {
         const int next = i - 1;
-        spread_of(dz, i, next * extents.segment / 16, ((next + 1) * extents.segment - 1) / 16);
+        spread_of(dz, i, next * extents.segment / kStep, ((next + 1) * extents.segment - 1) / kStep);
         __syncwarp();  // a warp reads the gradients of its own pixels only
       }
     }
     if (chain_.g_before.data == nullptr) return;
-    spread(dz, begin, 0, pairs(), -1, -1);
+    spread(dz, begin, 0, steps(), -1, -1);
     __syncthreads();
     this->store_map(chain_.g_before);
   }
@@ -224,87 +225,107 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
       }
     });
   }
-  // 16 channels at a time in [from, to), but for [first_late, last_late].
+  // Steps of channels in [from, to), but for those in [first_late, last_late].
   GUNN_DEVICE void spread(const Packed<RP>& dz, int segment, int from, int to, int first_late, int last_late) {
     if constexpr (kRing) {
       const auto late = this->late_steps(this->pinned(segment));
-      spread_ahead(dz, segment, from, to, [&](int pair) { return pair < late.first || pair > late.last; });
+      spread_ahead(dz, segment, from, to, [&](int step) { return step < late.first || step > late.last; });
     } else {
-      spread_pairs(dz, segment, from, to, first_late, last_late);
+      spread_steps(dz, segment, from, to, first_late, last_late);
     }
   }
   GUNN_DEVICE void spread_of(const Packed<RP>& dz, int segment, int first, int last) {
-    if constexpr (kRing || (turns && kEach == 2)) {
+    if constexpr (kRing || turns) {
       spread_ahead(dz, segment, kRing ? first / kSlotSteps * kSlotSteps : first, last + 1,
-                   [&](int pair) { return pair >= first; });
+                   [&](int step) { return step >= first; });
     } else {
-      spread_pairs(dz, segment, first, last + 1, -1, -1);
+      spread_steps(dz, segment, first, last + 1, -1, -1);
     }
   }
-  GUNN_DEVICE void spread_pairs(const Packed<RP>& dz, int segment, int from, int to, int first_late,
+  GUNN_DEVICE void spread_steps(const Packed<RP>& dz, int segment, int from, int to, int first_late,
                                 int last_late) const {
     GUNN_ROLLED
-    for (int pair = from; pair < to; ++pair) {
-      if (pair < first_late || pair > last_late) spread_pair(dz, segment, pair);
+    for (int step = from; step < to; ++step) {
+      if (step < first_late || step > last_late) spread_step(dz, segment, step);
     }
   }
-  // Registers of the gradient are asked for some steps ahead; a step has 16 channels in 16 bits.
+  // Registers of the gradient are asked for some steps ahead.
   template <class Wanted>
   GUNN_DEVICE void spread_ahead(const Packed<RP>& dz, int segment, int from, int to, const Wanted& wanted) {
-    this->each_step(from, to, [&](int pair, uint32_t (&g)[MT][4], const Storage* slot, int) {
-      if (!wanted(pair)) return;
-      uint32_t b[kSteps][4];
-      load_spread(b, kRing ? slot : spread_tile(pair), pair);
+    this->each_step(from, to, [&](int step, uint32_t (&g)[MT][4], const Storage* slot, int in_slot) {
+      if (!wanted(step)) return;
+      Spread b;
+      if constexpr (kRing) {
+        load_spread(b, slot, Base::kSlotChannels, in_slot * kEach);
+      } else {
+        load_spread(b, step);
+      }
       GUNN_UNROLL
       for (int mt = 0; mt < MT; ++mt) {
         GUNN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          add_spread(dz, segment, pair, b, mt, half, [&](int, int row) -> uint32_t& { return g[mt][2 * half + row]; });
+        for (int n = 0; n < kEach; ++n) {
+          add_spread(dz, segment, step, b, mt, n,
+                     [&](int p, int row) -> uint32_t& { return g[mt][2 * (n * Bits::kOfTile + p) + row]; });
         }
       }
-      this->each_register(pair, [&](int mt, int r, uint32_t* to) { *to = g[mt][r]; });
+      this->each_register(step, [&](int mt, int r, uint32_t* to) { *to = g[mt][r]; });
     });
   }
-  GUNN_DEVICE void spread_pair(const Packed<RP>& dz, int segment, int pair) const {
-    uint32_t b[kSteps][4];
-    load_spread(b, spread_tile(pair), pair);
+  GUNN_DEVICE void spread_step(const Packed<RP>& dz, int segment, int step) const {
+    Spread b;
+    load_spread(b, step);
     const int first = fresh(this->first_row(0) + lane_ / 4);
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       GUNN_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      for (int n = 0; n < kEach; ++n) {
         uint32_t* places[Bits::kOfTile][2];  // of the lane's registers: pieces, rows
         GUNN_UNROLL
         for (int p = 0; p < Bits::kOfTile; ++p) {
           GUNN_UNROLL
           for (int row = 0; row < 2; ++row) {
-            const int channel = this->column((2 * pair + half) * Bits::kOfTile + p);
+            const int channel = this->column((kEach * step + n) * Bits::kOfTile + p);
             places[p][row] = &this->bits_at(first + 16 * mt + 8 * row, channel);
           }
         }
-        add_spread(dz, segment, pair, b, mt, half, [&](int p, int row) -> uint32_t& { return *places[p][row]; });
+        add_spread(dz, segment, step, b, mt, n, [&](int p, int row) -> uint32_t& { return *places[p][row]; });
       }
     }
   }
-  // The tile of 64 rows in which the pair's weights are packed.
-  GUNN_DEVICE const Storage* spread_tile(int pair) const {
+  // The weights of a step's channels, kEach tiles of 8, at each step of depth.
+  static constexpr int kDepthSteps = (RP + 1) / 2;
+  using Spread = uint32_t[kDepthSteps][kEach][2];
+  // From the tile of 64 rows in which they are packed.
+  GUNN_DEVICE void load_spread(Spread& b, int step) const {
     const PackShape shape = this->shape_of(Kind::reduce);
-    return this->weights(Kind::reduce) + pair / 4 * kColumns * shape.chunks<Precision>() * Pool<Precision>::kDepth;
+    const int first = step * kStep / kColumns * kColumns, rows = min(shape.rows - first, kColumns);
+    const Storage* tile = this->weights(Kind::reduce) + first * shape.chunks<Precision>() * Pool<Precision>::kDepth;
+    load_spread(b, tile, rows, (step * kStep - first) / 8);
   }
-  static constexpr int kSteps = (RP + 1) / 2;
-  // The weights of 16 channels from their tile of 64.
-  GUNN_DEVICE void load_spread(uint32_t (&b)[kSteps][4], const Storage* tile, int pair) const {
-    const PackShape shape = this->shape_of(Kind::reduce);
-    const int rows = min(shape.rows - pair / 4 * kColumns, kColumns);
+  // From tile `first` on, of `rows` in a chunk.
+  GUNN_DEVICE void load_spread(Spread& b, const Storage* from, int rows, int first) const {
+    const int depth = this->shape_of(Kind::reduce).depth;
     GUNN_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      if (kRing || Base::kStep * step < shape.depth) this->load_weights(b[step], tile, rows, pair % 4 * 2, step);
+    for (int step = 0; step < kDepthSteps; step += 2 / kEach) {
+      if (!kRing && kStep * step >= depth) continue;
+      uint32_t loaded[4];
+      if constexpr (kEach == 2) {
+        this->load_weights(loaded, from, rows, first, step);
+      } else {
+        this->load_two_steps(loaded, from, rows, first, step, lane_);
+      }
+      GUNN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int to = kEach == 2 ? step : step + j;
+        if (to >= kDepthSteps) continue;
+        b[to][kEach == 2 ? j : 0][0] = loaded[2 * j], b[to][kEach == 2 ? j : 0][1] = loaded[2 * j + 1];
+      }
     }
   }
-  // To eight of the channels, of rows g and g + 8; bits_of(piece of them, row) is the lane's register.
+  // To tile n of the step's, in rows g and g + 8; bits_of(piece of it, row) is the lane's register.
   template <class BitsOf>
-  GUNN_DEVICE void add_spread(const Packed<RP>& dz, int segment, int pair, const uint32_t (&b)[kSteps][4], int mt,
-                              int half, const BitsOf& bits_of) const {
+  GUNN_DEVICE void add_spread(const Packed<RP>& dz, int segment, int step, const Spread& b, int mt, int n,
+                              const BitsOf& bits_of) const {
     const int depth = chain_.extents.reduce_columns(0);
     float g[4];
     GUNN_UNROLL
@@ -318,15 +339,15 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
     if (!chain_.extents.residual) {
       GUNN_UNROLL
       for (int j = 0; j < 4; ++j) {
-        if (this->column_of(2 * pair + half, j % 2) / chain_.extents.segment == segment) g[j] = 0;  // replaced
+        if (this->column_of(kEach * step + n, j % 2) / chain_.extents.segment == segment) g[j] = 0;  // replaced
       }
     }
     GUNN_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      if (!kRing && Base::kStep * step >= depth) break;  // no shortcut
+    for (int at = 0; at < kDepthSteps; ++at) {
+      if (!kRing && kStep * at >= depth) break;  // no shortcut
       uint32_t a[4];
-      Base::template fragment<RP>(a, dz, mt, step);
-      Precision::multiply(g, a, {b[step][2 * half], b[step][2 * half + 1]});
+      Base::template fragment<RP>(a, dz, mt, at);
+      Precision::multiply(g, a, b[at][n]);
     }
     GUNN_UNROLL
     for (int p = 0; p < Bits::kOfTile; ++p) {

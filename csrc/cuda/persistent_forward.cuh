@@ -217,11 +217,11 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
   GUNN_DEVICE void reduce_ahead(Sums<RT>& sums, int from, int to, const Wanted& wanted) {
     this->each_step(from, to, [&](int step, uint32_t (&a)[MT][4], const Storage* slot, int in_slot) {
       if (!wanted(step)) return;
+      GUNN_UNROLL
+      for (int mt = 0; mt < MT; ++mt) make_operand(a[mt]);
       if constexpr (kRing) {
         this->template multiply<RT, kSlotSteps / 2>(sums, a, slot, in_slot);
       } else {
-        GUNN_UNROLL
-        for (int mt = 0; mt < MT; ++mt) make_operand(a[mt]);
         multiply_step(sums, 0, a, step);
       }
     });

@@ -19,11 +19,11 @@
 //            of 4 for TF32. Channels that find no room are streamed from a copy of the block's own in global memory,
 //            which L2 holds.
 // Ring:      a segment's weights that are too many for that (k 80: 122 kB and 160 bytes a channel) come from L2 through
-//            three slots of 64 of depth (10 kB; transposed, 64 channels: 12 kB), in the order in which they are
-//            multiplied, across products and segments: so two slots are on their way while one is multiplied, and
-//            during waits. The project's, which are few, lie ready. A barrier a slot; as it is also one behind whatever
-//            the slots before were read for, copies of tables and of the project's weights travel with slots. In 16
-//            bits only.
+//            three slots of 64 of depth (10 kB; transposed, 64 channels: 12 kB; of TF32 32: 10 kB), in the order in
+//            which they are multiplied, across products and segments: so two slots are on their way while one is
+//            multiplied, and during waits. The project's, which are few, lie ready. A barrier a slot; as it is also one
+//            behind whatever the slots before were read for, copies of tables and of the project's weights travel with
+//            slots.
 //
 // One unit, k and s of one template: KT and ST tiles of 8 channels. How lanes hold values: registers.cuh.
 #pragma once
@@ -39,7 +39,7 @@ enum class Kind { reduce, spatial, project };
 constexpr int kKinds = 3;
 constexpr int kMostBlocks = 256;  // of an exchange: as many words as a clerk's lanes take at once
 
-// Slots of the ring, and the steps of 16 (of depth, or of channels that are made) that one serves.
+// Slots of the ring, and the steps (of depth, or of channels that are made) that one serves.
 constexpr int kSlots = 3, kSlotSteps = 4;
 // Whether one segment's weights are too many to lie in shared memory: all but the project's come through the ring
 // then. Such layers, the ImageNet models', have no shortcut, and segments of an even number of channels.
@@ -108,7 +108,9 @@ struct ChainLayout {
           pack_shape(extents, pack_of(static_cast<Kind>(kind), transposed), 0).template size<Precision>());
     }
     ring = next;
-    slot = 16 * kSlotSteps * (transposed ? (extents.k() + 31) / 32 * 32 : extents.k());
+    constexpr int kChunk = 4 * kPiece;  // of depth
+    slot = kSlotSteps * Registers<Precision>::kStep *
+           (transposed ? (extents.k() + kChunk - 1) / kChunk * kChunk : extents.k());
     if (rings) next += kSlots * slot;
     hidden = next;
     next += (band_rows + 2) * (extents.width + 2) * hidden_stride;
@@ -197,8 +199,8 @@ class PixelBlock {
   static constexpr int kThreadCount = 32 * WARPS, kPixels = 16 * WARPS * MT;
   static constexpr int kPiece = Bits::kPiece, kEach = Bits::kEach, kStep = Bits::kStep;
   static constexpr bool kRing = through_ring(KT);
-  static_assert(!kRing || kEach == 2, "the ring's slots have values of 16 bits");
-  static constexpr int RT = KT + (kRing ? 0 : ST);  // the reduce's tiles, the shortcut's behind its own
+  static constexpr int RT = KT + (kRing ? 0 : ST);          // the reduce's tiles, the shortcut's behind its own
+  static constexpr int kSlotChannels = kSlotSteps * kStep;  // of the transposed reduce
   static constexpr int KP = KT * Bits::kOfTile, SP = ST * Bits::kOfTile, RP = RT * Bits::kOfTile;  // pieces of 16 bytes
   template <int tiles>
   using Sums = float[MT][tiles][4];
@@ -271,6 +273,12 @@ class PixelBlock {
     const int row = 8 * tile + 8 < rows ? both : min(both, 7);
     from += (step / 2 * rows + 8 * tile) * 4 * kPiece;
     load_matrices<false>(b, from + piece(row, step % 2 * 2 + matrix % 2));
+  }
+  // Of one tile, at an even step of depth and the next one.
+  static GUNN_DEVICE void load_two_steps(uint32_t (&b)[4], const Storage* from, int rows, int tile, int step,
+                                         int lane) {
+    from += (step / 2 * rows + 8 * tile) * 4 * kPiece;
+    load_matrices<false>(b, from + piece(Bits::source(lane % 8), lane / 8));
   }
   // The same of all rows of a product, packed in tiles of 64: of each, `chunks` lie together.
   template <int tiles, int chunks>
@@ -352,26 +360,38 @@ class PixelBlock {
     next_slot_ = 0, next_segment_ += transposed ? -1 : 1;
   }
   // Two chunks of depth of all rows, packed in tiles of 64; of the transposed reduce, whose rows are channels, all
-  // chunks of one tile.
+  // chunks of a slot's channels.
   GUNN_DEVICE void copy_slot(Storage* to, Kind kind, int slot) const {
+    if (transposed && kind == Kind::reduce) return copy_channels(to, slot);
     constexpr int kSlotChunks = kSlotSteps / 2, kTile = kSlotChunks * kColumns * 4;  // pieces of the first tile
-    const bool by_tile = transposed && kind == Kind::reduce;
     const PackShape shape = shape_of(kind);
-    const auto tile = [&](int row) {
-      return PackedTile<Precision>(shape, base_.packed[static_cast<int>(kind)], next_segment_, row);
-    };
-    const PackedTile<Precision> first = tile(by_tile ? slot * kColumns : 0), second = tile(kColumns);
-    const int chunk = by_tile ? 0 : slot * kSlotChunks, left = shape.chunks<Precision>() - chunk;
-    const int chunks = by_tile ? left : min(left, kSlotChunks), pieces = chunks * first.rows * 4;
-    const int all = by_tile ? pieces : kTile + chunks * (8 * KT - kColumns) * 4;
+    const PackedTile<Precision> first = tile_of(kind, 0), second = tile_of(kind, kColumns);
+    const int chunk = slot * kSlotChunks, chunks = min(shape.chunks<Precision>() - chunk, kSlotChunks);
+    const int pieces = chunks * kColumns * 4, all = kTile + chunks * (8 * KT - kColumns) * 4;
     const Storage* from = first.data + chunk * first.chunk_size;
     const Storage* behind = second.data + chunk * second.chunk_size - kTile * kPiece;
     GUNN_ROLLED
     for (int at = threadIdx.x; at < all; at += kThreadCount) {
-      const bool in_first = by_tile || at < kTile;
-      if (in_first && at >= pieces) continue;
-      copy_async<16>(to + piece(at / 4, at % 4), (in_first ? from : behind) + at * kPiece);
+      if (at >= pieces && at < kTile) continue;
+      copy_async<16>(to + piece(at / 4, at % 4), (at < kTile ? from : behind) + at * kPiece);
     }
+  }
+  // kSlotChannels rows in each chunk, zeros behind the last.
+  GUNN_DEVICE void copy_channels(Storage* to, int slot) const {
+    const int row = slot * kSlotChannels;
+    const PackedTile<Precision> tile = tile_of(Kind::reduce, row / kColumns * kColumns);
+    const int before = row % kColumns, all = shape_of(Kind::reduce).template chunks<Precision>() * kSlotChannels * 4;
+    GUNN_ROLLED
+    for (int at = threadIdx.x; at < all; at += kThreadCount) {
+      const int chunk = at / (kSlotChannels * 4), in_tile = before + at / 4 % kSlotChannels;
+      const bool inside = in_tile < tile.rows;
+      copy_async<16>(to + piece(at / 4, at % 4),
+                     tile.data + (inside ? chunk * tile.chunk_size + in_tile * 4 * kPiece : 0) + at % 4 * kPiece,
+                     inside);
+    }
+  }
+  GUNN_DEVICE PackedTile<Precision> tile_of(Kind kind, int row) const {
+    return PackedTile<Precision>(shape_of(kind), base_.packed[static_cast<int>(kind)], next_segment_, row);
   }
 
   // ---- The map: the state, or its gradient

@@ -91,13 +91,13 @@ class BackwardTurns : BackwardBlock<Precision, KT, ST, WARPS, MT, true, true> {
     this->load_outputs(segment, z3, zs);
     this->read_gradient(segment, d3);
     Packed<KP> z2, d2;
-    this->load(segment, Norm::spatial, z2);
     this->template slope<SP>(segment, Norm::project, d3, z3, z3);
     this->template leave<SP>(segment, Norm::project, z3);
     if (this->has_shortcut()) {
       this->template slope<SP>(segment, Norm::shortcut, d3, zs, zs);
       this->template leave<SP>(segment, Norm::shortcut, zs);
     }
+    this->load(segment, Norm::spatial, z2);
     Sums<KT> sums = {};
     Base::make_operands(z3);
     this->project_steps(z3, sums);
@@ -136,7 +136,7 @@ class BackwardTurns : BackwardBlock<Precision, KT, ST, WARPS, MT, true, true> {
     if (this->has_shortcut()) left(segment, Norm::shortcut, dzs);
     Packed<RP> dz;
     Block::join(z1, dzs, dz);
-    this->spread_of(dz, segment, 0, (chain_.extents.channels - 1) / 16);
+    this->spread_of(dz, segment, 0, this->all_steps().last);
     __syncwarp();  // a warp reads the gradients of its own pixels only
   }
 

@@ -390,16 +390,16 @@ def staged(
 _TURN = 256  # pixels of a band where blocks have several
 
 
-def _most_pixels(k: int) -> int:
-    """Of a block that has one band, as the driver's templates have it."""
-    return 512 if k <= 24 else 256
+def _most_pixels(k: int, item: int) -> int:
+    """Of a block that has one band, as the driver's templates have it, for values of ``item`` bytes."""
+    return 512 if k <= 24 else 512 // item
 
 
-def _warp_pixels(share: float, k: int) -> int:
+def _warp_pixels(share: float, k: int, item: int) -> int:
     """Pixels of a warp, whose block has ``share`` pixels or somewhat more: as the driver's templates have it."""
     if share <= 128:
         return 16
-    return 32 if share <= 256 or share > _most_pixels(k) or k > 24 else 64
+    return 32 if share <= 256 or share > _most_pixels(k, item) or k > 24 else 64
 
 
 def persistent(
@@ -430,14 +430,14 @@ def persistent(
     pixels, k, s, segments = batch * sizes.size**2, sizes.hidden, sizes.width, sizes.segments
     item, usable = BYTES[dtype], limits.usable_flops(dtype)
     state = sizes.state_bytes(batch, dtype)
-    at_once = max(1, limits.processors - 1) * _most_pixels(k)
+    at_once = max(1, limits.processors - 1) * _most_pixels(k, item)
     turns = pixels > at_once
     # In evaluation of the images that are there at once.
     streamed = max(0.0, state - on_chip * limits.cache_bytes / 2 * math.ceil(pixels / at_once)) * segments
     tiles = math.ceil(pixels / _TILE) * math.ceil(sizes.units_in_order()[0][1] / _TILE)
     idle = math.ceil(tiles / limits.processors) * limits.processors / tiles
     weights = sum(n * made + 9 * k * k + k * s for n, made in sizes.units_in_order()) * segments * item
-    operands = pixels * weights / _warp_pixels(pixels / limits.processors, k)
+    operands = pixels * weights / _warp_pixels(pixels / limits.processors, k, item)
     operands += sum(n + 9 * k for n, _ in sizes.units_in_order()) * pixels * segments * item
     in_cache = state <= limits.cache_bytes
 
