@@ -10,7 +10,7 @@ from device_code import DTYPES, HOT, LARGE, PERSISTENT, PRODUCTS
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 ON_TENSOR_CORES = ("bfloat16", "float16", "tensor_float32")
-OLDER = [("bfloat16", "80"), ("bfloat16", "89"), ("tensor_float32", "80"), ("tensor_float32", "89")]
+OLDER = [("bfloat16", "80"), ("bfloat16", "89"), ("tensor_float32", "80")]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_words_travel_without_fences(compiled, dtype):
     code[dtype].result()
     found = device_code.entries(device_code.intermediate(dtype, "90a", folder).read_text())
     persistent = [text for name, text in found.items() if any(kernel in name for kernel in PERSISTENT)]
-    assert len(persistent) == (17 if dtype == "tensor_float32" else 26)
+    assert len(persistent) == (23 if dtype == "tensor_float32" else 30)
     for text in persistent:
         assert "ld.relaxed.gpu.b64" in text
         assert "st.relaxed.gpu.b64" in text
@@ -88,7 +88,7 @@ def test_words_travel_without_fences(compiled, dtype):
 
 
 def test_ptx_for_later_gpus_has_every_kernel(compiled, tmp_path):
-    """That of the other dtypes is the same templates again."""
-    ptx = device_code.ptx("bfloat16", "90", tmp_path)
+    """Of a dtype that takes seconds; a wheel with PTX has that of all."""
+    ptx = device_code.ptx("float32", "90", tmp_path)
     assert ".target sm_90\n" in ptx
-    assert ptx.count(".entry ") == len(compiled[0]["bfloat16"].result())
+    assert ptx.count(".entry ") == len(compiled[0]["float32"].result())

@@ -36,6 +36,7 @@ class PersistentKernel {
     bool streams;
     size_t tables;  // bytes behind the layout's
     bool turns;     // with exchanges, a step for all of a block's bands before each
+    int units;
 
     int pixels() const { return 16 * warps * fragments; }
     bool rings() const { return through_ring(k_tiles); }
@@ -47,16 +48,16 @@ class PersistentKernel {
     chain.extents = extents;
     chain.exchanges = exchanges;
     chain.first_segment = 0, chain.last_segment = extents.segments - 1;
-    if (extents.units != 1 || extents.channels > 4096 || extents.width > 512 || extents.height > 4096) return;
+    if (extents.channels > 4096 || extents.width > 512 || extents.height > 4096) return;
     // Small blocks first: more of them share the work; and if it can be, each has a processor to itself. In turns large
-    // ones first: they read weights less often.
+    // ones first: they read weights less often. Smaller ones where a block then has far fewer pixels in all.
     for (const Fit fit : {Fit::spread, Fit::at_once}) {
       for (const Candidate& candidate : candidates) {
         if (consider(candidate, fit)) return;
       }
     }
     for (auto candidate = candidates.rbegin(); candidate != candidates.rend(); ++candidate) {
-      if (consider(*candidate, Fit::in_turns)) return;
+      consider(*candidate, Fit::in_turns);
     }
   }
 
@@ -88,7 +89,7 @@ class PersistentKernel {
   void run() const {
     Launch how = how_;
     ChainType part = chain;
-    const int step = turns() ? chain.all_bands : chain.blocks;
+    const int step = chain.exchanges ? chain.all_bands : chain.blocks;
     for (part.first_band = 0; part.first_band < chain.all_bands; part.first_band += step) {
       if (!chain.exchanges) how.grid.x = std::min(step, chain.all_bands - part.first_band);
       launch(how, chosen_.kernel, part);
@@ -108,8 +109,9 @@ class PersistentKernel {
     if (candidate.turns != (fit == Fit::in_turns && chain.exchanges)) return false;
     const Extents& e = chain.extents;
     const int pixels = candidate.pixels();
-    if (e.k() != 8 * candidate.k_tiles || e.s() != 8 * candidate.s_tiles || e.width > pixels) return false;
-    if (candidate.rings() && (e.shortcut || e.segment % 2 != 0)) return false;
+    if (e.k() != 8 * candidate.k_tiles || e.s() != 8 * candidate.s_tiles || e.units != candidate.units) return false;
+    if (candidate.rings() && (e.shortcut != (e.units > 1) || e.segment % 2 != 0)) return false;
+    if (e.width > pixels) return false;
     Launch how{name_, dim3(1), dim3(32 * candidate.warps), 0, launcher_.stream, &launcher_.shape};
     const size_t room_for_shared = ask(how, candidate.kernel).shared;
     int band_rows = std::min(e.height, pixels / e.width);
@@ -133,8 +135,8 @@ class PersistentKernel {
       const int columns = std::max(e.k() + (transposed ? 0 : e.s()), 2 * e.s());
       clerks = (columns + candidate.warps - 1) / candidate.warps;
       // In turns a clerk's time is short beside that of a step: few do.
-      clerks = fit == Fit::in_turns ? std::clamp<int64_t>(places / 16, 1, clerks)
-                                    : std::min<int64_t>(clerks, std::max<int64_t>(places - all_bands, 1));
+      clerks = all_bands < places ? std::min<int64_t>(clerks, places - all_bands)
+                                  : std::clamp<int64_t>(places / 16, 1, clerks);
       most = std::min<int64_t>(places - clerks, kMostBlocks);
     }
     int64_t blocks = all_bands;
@@ -144,6 +146,8 @@ class PersistentKernel {
       if (groups < 1) return false;
       const int64_t rounds = (all + groups - 1) / groups;
       blocks = (all + rounds - 1) / rounds * together;
+      if (takes() && 4 * rounds * pixels > 3 * in_turn_) return false;
+      in_turn_ = rounds * pixels;
     }
     if ((!whole && blocks > most) || all_bands > INT32_MAX / 2) return false;
     how.cooperative = !whole;
@@ -159,6 +163,7 @@ class PersistentKernel {
   const char* name_;
   Candidate chosen_{};
   Launch how_{};
+  int64_t in_turn_ = 0;  // pixels that a block has in all
   int64_t words_ = 0;
 };
 
@@ -174,12 +179,13 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
             MT,
             streams,
             sizeof(ForwardTables<KT, ST, WARPS, MT>),
-            false};
+            false,
+            1};
   }
-  template <int KT, int ST, int WARPS, int MT>
+  template <int KT, int ST, int WARPS, int MT, int units = 1>
   static typename Base::Candidate with_turns() {
-    constexpr size_t kTables = sizeof(ForwardTables<KT, ST, WARPS, MT>);
-    return {forward_turns<Precision, KT, ST, WARPS, MT>, KT, ST, WARPS, MT, true, kTables, true};
+    constexpr size_t kTables = sizeof(ForwardTurnsTables<KT, ST, WARPS, MT, units>);
+    return {forward_turns<Precision, KT, ST, WARPS, MT, units>, KT, ST, WARPS, MT, true, kTables, true, units};
   }
   static std::vector<typename Base::Candidate> candidates() {
     constexpr bool kWide = Base::kWide;
@@ -188,7 +194,10 @@ class ForwardKernel : public PersistentKernel<Precision, ForwardChain<Precision>
         candidate<3, 2, 8, 4, true>(),  candidate<1, 1, 4, 1, false>(), candidate<1, 1, 8, 2, kWide>(),
         candidate<1, 1, 8, 4, true>(),  candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(),
         with_turns<3, 2, 8, 2>(),       with_turns<1, 1, 8, 2>(),       with_turns<10, 5, 8, 2>()};
-    if constexpr (!kWide) all.push_back(candidate<10, 5, 8, 2, true>());  // of four bytes has not enough registers
+    if constexpr (!kWide) {  // of four bytes have not enough registers
+      all.insert(all.end(),
+                 {candidate<10, 5, 8, 2, true>(), with_turns<14, 5, 8, 1, 2>(), with_turns<14, 5, 8, 2, 2>()});
+    }
     return all;
   }
 
@@ -209,12 +218,13 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
             MT,
             streams,
             sizeof(BackwardTables<KT, ST, WARPS, MT>),
-            false};
+            false,
+            1};
   }
-  template <int KT, int ST, int WARPS, int MT>
+  template <int KT, int ST, int WARPS, int MT, int units = 1>
   static typename Base::Candidate with_turns() {
-    constexpr size_t kTables = sizeof(BackwardTables<KT, ST, WARPS, MT>);
-    return {backward_turns<Precision, KT, ST, WARPS, MT>, KT, ST, WARPS, MT, true, kTables, true};
+    constexpr size_t kTables = sizeof(BackwardTables<KT, ST, WARPS, MT, units>);
+    return {backward_turns<Precision, KT, ST, WARPS, MT, units>, KT, ST, WARPS, MT, true, kTables, true, units};
   }
   static std::vector<typename Base::Candidate> candidates() {
     constexpr bool kWide = Base::kWide;
@@ -224,7 +234,8 @@ class BackwardKernel : public PersistentKernel<Precision, BackwardChain<Precisio
         candidate<10, 5, 4, 1, true>(), candidate<10, 5, 8, 1, true>(), with_turns<3, 2, 8, 2>(),
         with_turns<1, 1, 8, 2>(),       with_turns<10, 5, 8, 2>()};
     if constexpr (!kWide) {  // of four bytes have not enough registers
-      all.insert(all.end(), {candidate<3, 2, 8, 4, true>(), candidate<10, 5, 8, 2, true>()});
+      all.insert(all.end(), {candidate<3, 2, 8, 4, true>(), candidate<10, 5, 8, 2, true>(),
+                             with_turns<14, 5, 8, 1, 2>(), with_turns<14, 5, 8, 2, 2>()});
     }
     return all;
   }
@@ -242,11 +253,12 @@ class WeightProducts {
 
  public:
   WeightProducts(const Launcher& launcher, const Extents& extents) : launcher_(launcher), extents_(extents) {
-    if (extents.units != 1) return;
     if constexpr (sizeof(Storage) == 2) {
-      if (extents.k() == 24 && extents.s() == 16) choose<3, 2>();
-      if (extents.k() == 8 && extents.s() == 8) choose<1, 1>();
-      if (extents.k() == 80 && extents.s() == 40 && !extents.shortcut) hidden_ = hidden_weights<Precision, 10, 5>;
+      const bool one_unit = extents.units == 1;
+      if (one_unit && extents.k() == 24 && extents.s() == 16) choose<3, 2>();
+      if (one_unit && extents.k() == 8 && extents.s() == 8) choose<1, 1>();
+      if (extents.k() == 80 && extents.s() == 40) hidden_ = hidden_weights<Precision, 10, 5>;
+      if (extents.k() == 112 && extents.s() == 40) hidden_ = hidden_weights<Precision, 14, 5>;
     }
     input_how_ = {"input_weights", dim3(1), dim3(InputWeights::kThreadCount), 0, launcher.stream, &launcher.shape};
     hidden_how_ = {"hidden_weights", dim3(1), dim3(HiddenWeights::kThreadCount), 0, launcher.stream, &launcher.shape};
@@ -286,7 +298,7 @@ class WeightProducts {
       partials_[w] = arena.take<float>(block * ranges_[w] * size.rows * size.width);
     }
   }
-  void run(const View<Precision>& view, int64_t first, int64_t count) const {
+  void run(const View<Precision>& view, int unit, int64_t first, int64_t count) const {
     const int segment = static_cast<int>(first);
     if (takes(Which::reduce)) {
       Launch how = input_how_;
@@ -297,7 +309,7 @@ class WeightProducts {
       Launch how = hidden_how_;
       how.grid = dim3(static_cast<unsigned>(ranges_[1]), static_cast<unsigned>(count),
                       static_cast<unsigned>(HiddenWeights::parts(extents_)));
-      launch(how, hidden_, view, segment, static_cast<int>(hidden_range_), static_cast<int>(hidden_bands()),
+      launch(how, hidden_, view, unit, segment, static_cast<int>(hidden_range_), static_cast<int>(hidden_bands()),
              partials_[1], partials_[2]);
     }
   }
@@ -324,7 +336,7 @@ class WeightProducts {
   const Launcher& launcher_;
   const Extents& extents_;
   void (*input_)(View<Precision>, int, int, int64_t, float*) = nullptr;
-  void (*hidden_)(View<Precision>, int, int, int, float*, float*) = nullptr;
+  void (*hidden_)(View<Precision>, int, int, int, int, float*, float*) = nullptr;
   Launch input_how_{}, hidden_how_{};
   int64_t input_places_ = 0, hidden_places_ = 0, input_range_ = 0, hidden_range_ = 0, ranges_[3] = {};
   float* partials_[3] = {};
@@ -358,12 +370,14 @@ class PersistentForward {
     take(arena, keep);
     ForwardChain<Precision>& chain = kernel_.chain;
     Preparation<Precision> preparation(launcher_, chain.extents);
-    for (int k = 0; k < kKinds; ++k) {
-      preparation.pack(pack_of(static_cast<Kind>(k), false), 0, tensors.units[0], packed_[k]);
+    for (int m = 0; m < chain.extents.units; ++m) {
+      chain.unit[m] = tensors.units[m];
+      for (int k = 0; k < kKinds; ++k) {
+        preparation.pack(pack_of(static_cast<Kind>(k), false), m, tensors.units[m], packed_[m][k]);
+      }
     }
     chain.x = chain.before = tensors.x, chain.y = tensors.y, chain.z = keep ? tensors.saved : z_;
     chain.one_segment = !keep;
-    chain.unit = tensors.units[0];
     chain.mean = tensors.statistics, chain.var = tensors.statistics + shape_.segments * shape_.rows();
     chain.eps = options_.eps;
     kernel_.clear_words(preparation);
@@ -379,9 +393,12 @@ class PersistentForward {
     ForwardChain<Precision>& chain = kernel_.chain;
     const Extents& e = chain.extents;
     if (kernel_.turns() && !keep) z_ = arena.take<Storage>(e.pixels * e.z_rows());
-    for (int k = 0; k < kKinds; ++k) {
-      packed_[k] = arena.take<Storage>(packed_size<Precision>(e, pack_of(static_cast<Kind>(k), false), 0));
-      chain.packed[k] = packed_[k];
+    if (e.units > 1) chain.inputs = arena.take<Storage>(e.pixels * e.s());
+    for (int m = 0; m < e.units; ++m) {
+      for (int k = 0; k < kKinds; ++k) {
+        packed_[m][k] = arena.take<Storage>(packed_size<Precision>(e, pack_of(static_cast<Kind>(k), false), m));
+        chain.packed[m][k] = packed_[m][k];
+      }
     }
     const int64_t table = static_cast<int64_t>(e.segments) * e.z_rows();
     Tables<float>& tables = chain.tables;
@@ -393,7 +410,7 @@ class PersistentForward {
   const Options& options_;
   const Launcher launcher_;
   ForwardKernel<Precision> kernel_;
-  Storage* packed_[kKinds] = {};
+  Storage* packed_[kMostUnits][kKinds] = {};
   Storage* z_ = nullptr;  // of one segment, in turns
 };
 
@@ -458,10 +475,13 @@ class PersistentBackward : StagedBackward<Precision> {
     Staged::take(arena, saved, x_as_it_is, y_as_it_is,
                  {budget(), true, products_.takes(Which::reduce), products_.takes(Which::spatial)});
     if (this->options_.need_parameters) products_.take(arena, this->block_, this->usual_block_);
-    if (!this->options_.need_input) g_between_ = this->template take_copy<Storage>(arena, true);
-    for (int k = 0; k < kKinds; ++k) {
-      chain_.chain.packed[k] = this->packed(pack_of(static_cast<Kind>(k), true), 0);
-      if (recomputes()) recompute_.chain.packed[k] = this->packed(pack_of(static_cast<Kind>(k), false), 0);
+    if (!this->options_.need_input && !chain_.turns()) g_between_ = this->template take_copy<Storage>(arena, true);
+    for (int m = 0; m < this->view_.extents.units; ++m) {
+      for (int k = 0; k < kKinds; ++k) {
+        const Kind kind = static_cast<Kind>(k);
+        chain_.chain.packed[m][k] = this->packed(pack_of(kind, true), m);
+        if (recomputes()) recompute_.chain.packed[m][k] = this->packed(pack_of(kind, false), m);
+      }
     }
     chain_.chain.tables = recompute_.chain.tables = this->view_.tables;
     chain_.take(arena);
@@ -477,14 +497,18 @@ class PersistentBackward : StagedBackward<Precision> {
   }
   void chain(int64_t first, int64_t last) {
     BackwardChain<Precision>& chain = chain_.chain;
-    // Between launches the gradient of the state waits where the input's will be.
-    const FeatureMap<Storage> between =
-        this->options_.need_input ? this->tensors_.grad_x : pixel_major(g_between_, this->shape_, this->pixel_step());
+    // Between launches the gradient of the state waits where the input's will be; in turns it stays where it is.
+    const FeatureMap<Storage> between = chain_.turns() ? FeatureMap<Storage>{}
+                                        : this->options_.need_input
+                                            ? this->tensors_.grad_x
+                                            : pixel_major(g_between_, this->shape_, this->pixel_step());
     const FeatureMap<const Storage> left{between.data, between.batch, between.channel, between.row, between.column};
     chain.g = last + 1 == this->shape_.segments ? this->tensors_.grad_y : left;
-    chain.g_before = first == 0 && !this->options_.need_input ? FeatureMap<Storage>{} : between;
+    chain.g_before = between;
+    if (first == 0) chain.g_before = this->options_.need_input ? this->tensors_.grad_x : FeatureMap<Storage>{};
+    chain.wanted = first > 0 || this->options_.need_input;
     chain.z = this->view_.z, chain.dz = this->options_.need_parameters || chain_.turns() ? this->view_.d : nullptr;
-    if (this->options_.need_parameters) chain.gradients = this->tensors_.grads[0];
+    if (this->options_.need_parameters) std::copy_n(this->tensors_.grads, this->shape_.units, chain.gradients);
     chain.need_gradients = this->options_.need_parameters;
     chain.batch_statistics = this->options_.batch_statistics;
     chain.count = static_cast<double>(this->options_.count);
@@ -494,16 +518,22 @@ class PersistentBackward : StagedBackward<Precision> {
 
   void weights(int64_t first, int64_t count) const {
     if (!this->options_.need_parameters) return;
-    products_.run(this->view_, first, count);
-    if (!products_.takes(Which::reduce)) this->template launch_weights<Which::reduce, true>(first, count, 0);
+    for (int m = 0; m < this->view_.extents.units; ++m) weights(m, first, count);
+  }
+  void weights(int m, int64_t first, int64_t count) const {
+    products_.run(this->view_, m, first, count);
+    if (!products_.takes(Which::reduce)) {
+      m == 0 ? this->template launch_weights<Which::reduce, true>(first, count, m)
+             : this->template launch_weights<Which::reduce, false>(first, count, m);
+    }
     if (!products_.takes(Which::spatial)) {
-      this->template launch_weights<Which::spatial, true>(first, count, 0);
-      this->template launch_weights<Which::project, true>(first, count, 0);
+      this->template launch_weights<Which::spatial, true>(first, count, m);
+      this->template launch_weights<Which::project, true>(first, count, m);
     }
     std::vector<PartialSums<typename Precision::Wide>> sums;
     for (const Which which : {Which::reduce, Which::spatial, Which::project}) {
       if (!products_.takes(which)) continue;
-      sums.push_back(this->sums_of(products_.partials(which), products_.ranges(which), which, 0));
+      sums.push_back(this->sums_of(products_.partials(which), products_.ranges(which), which, m));
     }
     this->launch_sums(sums, first, count);
   }

@@ -25,28 +25,32 @@ template <class Precision>
 struct BackwardChain : Chain<Precision> {
   using Storage = typename Precision::Storage;
 
-  FeatureMap<const Storage> g;   // gradient of the state behind the last segment
-  FeatureMap<Storage> g_before;  // the same before the first, or null
-  const Storage* z;              // (segments of the launch, pixels, z_rows)
-  Storage* dz;                   // the same of their gradients, or null; in turns never null
+  // Gradient of the state behind the last segment, and before the first. Null: to be kept where it is from launch to
+  // launch, in turns; or not wanted by anybody.
+  FeatureMap<const Storage> g;
+  FeatureMap<Storage> g_before;
+  bool wanted;       // the gradient before the first segment
+  const Storage* z;  // (segments of the launch, pixels, z_rows)
+  Storage* dz;       // the same of their gradients, or null; in turns never null
   Tables<float> tables;
-  UnitTensors<float*> gradients;  // of batch norms
+  UnitTensors<float*> gradients[kMostUnits];  // of batch norms
   double count;
   bool need_gradients, batch_statistics;
 };
 
 // Behind the layout's elements.
-template <int KT, int ST, int warps, int fragments>
-struct BackwardTables : BlockTables<KT, ST, warps, fragments> {
-  static constexpr int kRows = KT > 8 ? 8 * (2 * KT + ST) : 128;       // of z, at most
+template <int KT, int ST, int warps, int fragments, int units = 1>
+struct BackwardTables : BlockTables<KT, ST, warps, fragments, units> {
+  static constexpr int kOfUnits = 8 * (units * (2 * KT + ST) + (units > 1 ? ST : 0));
+  static constexpr int kRows = KT > 8 ? kOfUnits : 128;                // of z, at most
   alignas(16) float mean[2][kRows], scale[2][kRows], shift[2][kRows];  // take turns
   float slope[kRows], constant[kRows];
 };
 
-template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool turns = false>
-class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams, true, turns> {
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool turns = false, int units = 1>
+class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams, true, turns, units> {
  protected:
-  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, true, turns>;
+  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, true, turns, units>;
   using typename Base::Bits;
   using typename Base::Storage;
   template <int tiles>
@@ -63,7 +67,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
   using Base::SP;
   using Base::warp_;
   static constexpr bool kRing = Base::kRing;
-  using Tables = BackwardTables<KT, ST, WARPS, MT>;
+  using Tables = BackwardTables<KT, ST, WARPS, MT, units>;
 
  public:
   GUNN_DEVICE BackwardBlock(const BackwardChain<Precision>& chain, Storage* shared)
@@ -78,11 +82,12 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
     this->fetch(Kind::project, last);
     fetch_tables(last);
     if (kRing) {
-      this->start_ring(chain_.g_before.data != nullptr);
+      this->start_ring(chain_.wanted);
     } else {
       copy_async_commit();
     }
     this->load_map(chain_.g, chain_.g, 0);
+    this->clear_hidden();
     Packed<SP> z3, zs = {};
     load_outputs(last, z3, zs);
     copy_async_wait<0>();
@@ -101,12 +106,12 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
         add_sums<SP>(i, n, n, Norm::project, d3, z3);
         if (this->has_shortcut()) add_sums<SP>(i, ST + n, n, Norm::shortcut, d3, zs);
       }
-      exchange(Kind::project, epoch);
+      exchange(Kind::project, i, epoch);
       if (spreads) spread(dz, i + 1, 0, half(), first_late, last_late);
       Packed<KP> z2;
       load(i, Norm::spatial, z2);
       if (!kRing) copy_async_wait<0>();
-      settle(Kind::project, epoch);
+      settle(Kind::project, i, epoch);
 
       slope<SP>(i, Norm::project, d3, z3, z3);
       leave<SP>(i, Norm::project, z3);
@@ -122,7 +127,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
       stop(i, Norm::spatial, sums, z2, d2);
       this->send_edges(d2, epoch);
       this->store_hidden(d2);  // as it is, until its batch norm's sums are back
-      exchange(Kind::spatial, epoch);
+      exchange(Kind::spatial, i, epoch);
       if (spreads) spread(dz, i + 1, half(), steps(), first_late, last_late);
       Packed<KP> z1;
       load(i, Norm::reduce, z1);
@@ -134,7 +139,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
         if (i > begin) fetch_tables(i - 1);
         copy_async_commit();
       }
-      settle(Kind::spatial, epoch);
+      settle(Kind::spatial, i, epoch);
 
       finish_hidden(i, z2);
       leave<KP>(i, Norm::spatial, z2);
@@ -143,14 +148,14 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
       Base::clear(sums);
       this->spatial_steps(sums);
       stop(i, Norm::reduce, sums, z1, d2);
-      exchange(Kind::reduce, epoch);
+      exchange(Kind::reduce, i, epoch);
       if (i > begin) load_outputs(i - 1, z3, zs);
       if (!kRing) {
         if (i > begin) this->fetch(Kind::spatial, i - 1), this->fetch(Kind::project, i - 1);
         copy_async_commit();
         copy_async_wait<1>();  // the reduce's weights and the tables
       }
-      settle(Kind::reduce, epoch);
+      settle(Kind::reduce, i, epoch);
 
       slope<KP>(i, Norm::reduce, d2, z1, z1);
       leave<KP>(i, Norm::reduce, z1);
@@ -161,7 +166,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
         __syncwarp();  // a warp reads the gradients of its own pixels only
       }
     }
-    if (chain_.g_before.data == nullptr) return;
+    if (!chain_.wanted) return;
     spread(dz, begin, 0, steps(), -1, -1);
     __syncthreads();
     this->store_map(chain_.g_before);
@@ -172,28 +177,26 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
 
   // ---- Memory
 
-  GUNN_DEVICE int64_t segment_at(int segment) const {
-    return (segment - chain_.first_segment) * chain_.extents.pixels * chain_.extents.z_rows();
+  GUNN_DEVICE int64_t segment_at(int number) const {
+    return (segment_of<units>(number) - chain_.first_segment) * chain_.extents.pixels * chain_.extents.z_rows();
   }
   template <int pieces>
-  GUNN_DEVICE void load(int segment, Norm norm, Packed<pieces>& z) const {
-    load(chain_.z, segment, norm, z);
+  GUNN_DEVICE void load(int number, Norm norm, Packed<pieces>& z) const {
+    load(chain_.z, number, norm, z);
   }
   template <int pieces>
-  GUNN_DEVICE void load(const Storage* map, int segment, Norm norm, Packed<pieces>& out) const {
-    const Extents& extents = chain_.extents;
-    this->template load_rows<pieces>(map + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0), out);
+  GUNN_DEVICE void load(const Storage* map, int number, Norm norm, Packed<pieces>& out) const {
+    this->template load_rows<pieces>(map + segment_at(number), chain_.extents.z_rows(), row_of(norm, number), out);
   }
-  GUNN_DEVICE void load_outputs(int segment, Packed<SP>& z3, Packed<SP>& zs) const {
-    load(segment, Norm::project, z3);
-    if (this->has_shortcut()) load(segment, Norm::shortcut, zs);
+  GUNN_DEVICE void load_outputs(int number, Packed<SP>& z3, Packed<SP>& zs) const {
+    load(number, Norm::project, z3);
+    if (this->has_shortcut(number)) load(number, Norm::shortcut, zs);
   }
   template <int pieces>
-  GUNN_DEVICE void leave(int segment, Norm norm, const Packed<pieces>& dz) const {
+  GUNN_DEVICE void leave(int number, Norm norm, const Packed<pieces>& dz) const {
     if (chain_.dz == nullptr) return;
-    const Extents& extents = chain_.extents;
-    this->template store_rows<pieces, pieces>(chain_.dz + segment_at(segment), extents.z_rows(), extents.z_row(norm, 0),
-                                              dz);
+    this->template store_rows<pieces, pieces>(chain_.dz + segment_at(number), chain_.extents.z_rows(),
+                                              row_of(norm, number), dz);
   }
   GUNN_DEVICE void fetch_tables(int segment) const {
     const int rows = chain_.extents.z_rows(), turn = segment % 2;
@@ -373,7 +376,9 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
 
   // ---- Batch norms; rows of z from `row` on
 
-  GUNN_DEVICE int row_of(Norm norm) const { return chain_.extents.z_row(norm, 0); }
+  GUNN_DEVICE int row_of(Norm norm, int number) const { return chain_.extents.z_row(norm, unit_of<units>(number)); }
+  // Of the tables, which segments take in turns.
+  static GUNN_DEVICE int turn_of(int number) { return segment_of<units>(number) % 2; }
   GUNN_DEVICE float sloped(int turn, int row, float d, float z) const {
     const float direct = d * tables_.scale[turn][row];
     if (!chain_.batch_statistics) return direct;  // z has no part in it, nor has a NaN there
@@ -384,25 +389,25 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
     return Base::pack([&](int v) { return sloped(turn, row + v, Bits::value(d, v), Bits::value(z, v)); });
   }
   template <int pieces>
-  GUNN_DEVICE void slope(int segment, Norm norm, const Packed<pieces>& d, const Packed<pieces>& z,
+  GUNN_DEVICE void slope(int number, Norm norm, const Packed<pieces>& d, const Packed<pieces>& z,
                          Packed<pieces>& dz) const {
     GUNN_UNROLL
     for (int p = 0; p < pieces; ++p) {
-      const int row = this->pinned(row_of(norm) + this->column(p));
+      const int row = this->pinned(row_of(norm, number) + this->column(p));
       this->each_row([&](int mt, int half, int) {
-        dz[mt][p][half] = slope_columns(segment % 2, row, d[mt][p][half], z[mt][p][half]);
+        dz[mt][p][half] = slope_columns(turn_of(number), row, d[mt][p][half], z[mt][p][half]);
       });
     }
   }
   // dz2 in the place of d2, and of z2.
-  GUNN_DEVICE void finish_hidden(int segment, Packed<KP>& z2) const {
+  GUNN_DEVICE void finish_hidden(int number, Packed<KP>& z2) const {
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
       uint32_t* bits = this->hidden_bits(m);
       GUNN_UNROLL
       for (int p = 0; p < KP; ++p) {
         uint32_t& z = z2[mt][p][half];
-        z = slope_columns(segment % 2, row_of(Norm::spatial) + this->column(p), bits[4 * p], z);
+        z = slope_columns(turn_of(number), row_of(Norm::spatial, number) + this->column(p), bits[4 * p], z);
         bits[4 * p] = Bits::operand(z);
       }
     });
@@ -411,11 +416,11 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
   GUNN_DEVICE float stopped(int turn, int row, float z, float gradient) const {
     return z * tables_.scale[turn][row] + tables_.shift[turn][row] <= 0 ? 0 : gradient;
   }
-  GUNN_DEVICE void stop(int segment, Norm norm, const Sums<KT>& sums, const Packed<KP>& z, Packed<KP>& d) const {
+  GUNN_DEVICE void stop(int number, Norm norm, const Sums<KT>& sums, const Packed<KP>& z, Packed<KP>& d) const {
     GUNN_UNROLL
     for (int n = 0; n < KT; ++n) {
-      const int first = n * Bits::kOfTile, turn = segment % 2;
-      const int row = this->pinned(row_of(norm) + this->column(first));
+      const int first = n * Bits::kOfTile, turn = turn_of(number);
+      const int row = this->pinned(row_of(norm, number) + this->column(first));
       this->each_row([&](int mt, int half, int) {
         GUNN_UNROLL
         for (int p = 0; p < Bits::kOfTile; ++p) {
@@ -426,15 +431,15 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
           });
         }
       });
-      add_sums<KP>(segment, n, n, norm, d, z);
+      add_sums<KP>(number, n, n, norm, d, z);
     }
   }
-  GUNN_DEVICE void receive_edges(int segment, unsigned epoch) const {
-    const int row = row_of(Norm::spatial);
-    const Storage* z2 = chain_.z + segment_at(segment) + row;
+  GUNN_DEVICE void receive_edges(int number, unsigned epoch) const {
+    const int row = row_of(Norm::spatial, number);
+    const Storage* z2 = chain_.z + segment_at(number) + row;
     Base::receive_edges(epoch, [&](int64_t pixel, int column, uint32_t raw) {
       const uint32_t z = *reinterpret_cast<const uint32_t*>(z2 + pixel * chain_.extents.z_rows() + column);
-      return Bits::operand(slope_columns(segment % 2, row + column, raw, z));
+      return Bits::operand(slope_columns(turn_of(number), row + column, raw, z));
     });
   }
 
@@ -442,10 +447,11 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
 
   // The warp's sums of d and d * (z - mean) in tile n, which is the exchange's tile `to`.
   template <int pieces>
-  GUNN_DEVICE void add_sums(int segment, int to, int n, Norm norm, const Packed<pieces>& d,
+  GUNN_DEVICE void add_sums(int number, int to, int n, Norm norm, const Packed<pieces>& d,
                             const Packed<pieces>& z) const {
     if (!chain_.exchanges) return;
-    const float* means = tables_.mean[segment % 2] + this->pinned(row_of(norm) + this->column(n * Bits::kOfTile));
+    const float* means =
+        tables_.mean[turn_of(number)] + this->pinned(row_of(norm, number) + this->column(n * Bits::kOfTile));
     const float mean[2] = {means[0], means[Bits::kApart]};
     float sums[4] = {};  // of d in both columns, of the products in both
     this->each_row([&](int mt, int half, int m) {
@@ -468,31 +474,31 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
     (g < 2 ? tables_.a : tables_.b)[warp_][this->column_of(to, g % 2)] = mine;
   }
   // The sums, to the clerks.
-  GUNN_DEVICE void exchange(Kind kind, unsigned epoch) const {
+  GUNN_DEVICE void exchange(Kind kind, int number, unsigned epoch) const {
     float sum = 0, product = 0;
-    if (add_warps(kind, &sum, &product)) this->send_pair(kind, threadIdx.x, sum, product, epoch);
+    if (add_warps(kind, number, &sum, &product)) this->send_pair(kind, threadIdx.x, sum, product, epoch);
   }
   // The band's, of the thread's column, on top of what is there; false where it has none.
-  GUNN_DEVICE bool add_warps(Kind kind, float* sum, float* product) const {
+  GUNN_DEVICE bool add_warps(Kind kind, int number, float* sum, float* product) const {
     __syncthreads();
     const int mine = threadIdx.x;
     if (!chain_.exchanges || mine >= columns_of(kind)) return false;
-    if (place_of(chain_.extents, kind, Kind::project, mine).row < 0) return false;
+    if (place_of(chain_.extents, unit_of<units>(number), kind, Kind::project, mine).row < 0) return false;
     for (int warp = 0; warp < WARPS; ++warp) *sum += tables_.a[warp][mine], *product += tables_.b[warp][mine];
     return true;
   }
   // b and c, for every thread.
-  GUNN_DEVICE void settle(Kind kind, unsigned epoch) {
+  GUNN_DEVICE void settle(Kind kind, int number, unsigned epoch) {
     const int mine = threadIdx.x;
     if (mine < columns_of(kind)) {
-      const ColumnPlace place = place_of(chain_.extents, kind, Kind::project, mine);
+      const ColumnPlace place = place_of(chain_.extents, unit_of<units>(number), kind, Kind::project, mine);
       float b = 0, c = 0;
       if (place.row >= 0 && chain_.exchanges) {
         this->receive_pair(kind, mine, epoch, &b, &c);
       }
       // Without a shortcut its place in the exchange is nobody's in z.
-      if (place.norm != Norm::shortcut || this->has_shortcut()) {
-        const int row = row_of(place.norm) + place.channel;
+      if (place.norm != Norm::shortcut || this->has_shortcut(number)) {
+        const int row = row_of(place.norm, number) + place.channel;
         tables_.slope[row] = b, tables_.constant[row] = c;
       }
     }
@@ -504,22 +510,23 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
 };
 
 // A clerk's warp: its columns of every exchange, in order.
-template <class Precision, int KT, int ST>
+template <class Precision, int KT, int ST, int units = 1>
 GUNN_DEVICE void combine_gradients(const BackwardChain<Precision>& chain) {
   const Extents& extents = chain.extents;
   const int lane = threadIdx.x % 32, blocks = chain.blocks;
   const ClerkWarp warp(blocks);
-  for (int i = chain.last_segment; i >= chain.first_segment; --i) {
-    const unsigned epoch = extents.segments - i;
+  for (int number = units * (chain.last_segment + 1) - 1; number >= units * chain.first_segment; --number) {
+    const int i = segment_of<units>(number), unit = unit_of<units>(number);
+    const unsigned epoch = units * extents.segments - number;
     GUNN_UNROLL
     for (int k = kKinds - 1; k >= 0; --k) {
       const Kind kind = static_cast<Kind>(k);
       const int columns = 8 * (kind == Kind::project ? 2 * ST : KT);
       for (int column = warp.mine; column < columns; column += warp.all) {
-        const ColumnPlace place = place_of(extents, kind, Kind::project, column);
+        const ColumnPlace place = place_of(extents, unit, kind, Kind::project, column);
         if (place.row < 0) continue;  // padding
         const int64_t in_norm = static_cast<int64_t>(i) * extents.channels_of(place.norm) + place.channel;
-        const int64_t at = static_cast<int64_t>(i) * extents.z_rows() + extents.z_row(place.norm, 0) + place.channel;
+        const int64_t at = static_cast<int64_t>(i) * extents.z_rows() + extents.z_row(place.norm, unit) + place.channel;
         const float scale = chain.tables.scale[at], inverse = chain.tables.inverse[at];  // read before the wait
         const Word* words = chain.words[k] + 2 * column * blocks;
         const LanePairs pairs(words, blocks, epoch);
@@ -534,8 +541,8 @@ GUNN_DEVICE void combine_gradients(const BackwardChain<Precision>& chain) {
         send(chain.results[k] + 2 * column, chain.batch_statistics ? slope.b : 0, epoch);
         send(chain.results[k] + 2 * column + 1, chain.batch_statistics ? slope.c : 0, epoch);
         if (!chain.need_gradients) continue;
-        norm_weight(chain.gradients, place.norm)[in_norm] = static_cast<float>(product * inverse);
-        norm_bias(chain.gradients, place.norm)[in_norm] = static_cast<float>(sum);
+        norm_weight(chain.gradients[unit], place.norm)[in_norm] = static_cast<float>(product * inverse);
+        norm_bias(chain.gradients[unit], place.norm)[in_norm] = static_cast<float>(sum);
       }
     }
   }

@@ -22,27 +22,28 @@ template <class Precision>
 struct ForwardChain : Chain<Precision> {
   using Storage = typename Precision::Storage;
 
-  FeatureMap<const Storage> x, before;  // the state: `before` in the channels written before the first segment
-  FeatureMap<Storage> y;                // the state behind the last segment, or null
-  Storage* z;                           // (segments of the launch, pixels, z_rows), or null; in turns that or
-  bool one_segment;                     // (pixels, z_rows), every segment's
-  UnitTensors<const float*> unit;       // batch norms
-  Tables<float> tables;                 // with given statistics
-  float *mean, *var;                    // (P, rows), with batch statistics
+  FeatureMap<const Storage> x, before;         // the state: `before` in the channels written before the first segment
+  FeatureMap<Storage> y;                       // the state behind the last segment, or null
+  Storage* z;                                  // (segments of the launch, pixels, z_rows), or null; in turns that or
+  bool one_segment;                            // (pixels, z_rows), every segment's
+  Storage* inputs;                             // (pixels, padded s), of the second unit
+  UnitTensors<const float*> unit[kMostUnits];  // batch norms
+  Tables<float> tables;                        // with given statistics
+  float *mean, *var;                           // (P, rows), with batch statistics
   double eps;
 };
 
 // Behind the layout's elements.
-template <int KT, int ST, int warps, int fragments>
-struct ForwardTables : BlockTables<KT, ST, warps, fragments> {
-  static constexpr int kColumns = BlockTables<KT, ST, warps, fragments>::kColumns;
-  alignas(16) float scale[2][kKinds][kColumns], shift[2][kKinds][kColumns];  // segments take turns
+template <int KT, int ST, int warps, int fragments, int units = 1>
+struct ForwardTables : BlockTables<KT, ST, warps, fragments, units> {
+  static constexpr int kColumns = BlockTables<KT, ST, warps, fragments, units>::kColumns;
+  alignas(16) float scale[2][kKinds][kColumns], shift[2][kKinds][kColumns];  // units take turns
 };
 
-template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool turns = false>
-class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams, false, turns> {
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool turns = false, int units = 1>
+class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams, false, turns, units> {
  protected:
-  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, false, turns>;
+  using Base = PixelBlock<Precision, KT, ST, WARPS, MT, streams, false, turns, units>;
   using typename Base::Bits;
   using typename Base::Storage;
   template <int tiles>
@@ -63,7 +64,7 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
   using Base::warp_;
   static constexpr bool kRing = Base::kRing;
   static constexpr bool kAhead = kRing || turns;  // the state's registers are asked for some steps ahead
-  using Tables = ForwardTables<KT, ST, WARPS, MT>;
+  using Tables = ForwardTables<KT, ST, WARPS, MT, units>;
 
  public:
   GUNN_DEVICE ForwardBlock(const ForwardChain<Precision>& chain, Storage* shared)
@@ -77,6 +78,7 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
     fetch(Kind::project, begin);
     if (kRing) this->start_ring(true);
     this->load_map(chain_.before, chain_.x, begin * extents.segment);
+    this->clear_hidden();
     copy_async_wait<0>();
     __syncthreads();
     const int steps = (extents.channels + kStep - 1) / kStep;
@@ -167,13 +169,13 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
     return 8 * (kind == Kind::reduce ? RT : kind == Kind::spatial ? KT : ST);
   }
   // Weights and, where they are given, scales and shifts.
-  GUNN_DEVICE void fetch(Kind kind, int segment) const {
-    Base::fetch(kind, segment);
+  GUNN_DEVICE void fetch(Kind kind, int number) const {
+    Base::fetch(kind, number);
     if (!chain_.exchanges) {
       const Extents& extents = chain_.extents;
       const int columns = kind == Kind::reduce ? extents.reduce_columns(0) : columns_of(kind);
-      const int64_t from = static_cast<int64_t>(segment) * extents.z_rows() + extents.z_row(norm_of(kind), 0);
-      const int turn = segment % 2, k = static_cast<int>(kind);
+      const int64_t from = static_cast<int64_t>(number) * extents.z_rows() + extents.z_row(norm_of(kind), 0);
+      const int turn = number % 2, k = static_cast<int>(kind);
       for (int column = 4 * threadIdx.x; column < columns; column += 4 * Base::kThreadCount) {
         copy_async<16>(tables_.scale[turn][k] + column, chain_.tables.scale + from + column);
         copy_async<16>(tables_.shift[turn][k] + column, chain_.tables.shift + from + column);
@@ -183,15 +185,16 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
   }
   // Pre-activations into memory, where they are kept.
   template <int pieces, int of>
-  GUNN_DEVICE void keep(int segment, Norm norm, const Packed<of>& values, int first_piece) const {
+  GUNN_DEVICE void keep(int number, Norm norm, const Packed<of>& values, int first_piece) const {
     if (chain_.z == nullptr) return;
-    const Extents& extents = chain_.extents;
-    this->template store_rows<pieces, of>(z_of(segment), extents.z_rows(), extents.z_row(norm, 0), values, first_piece);
+    this->template store_rows<pieces, of>(z_of(number), chain_.extents.z_rows(), row_of(norm, number), values,
+                                          first_piece);
   }
-  GUNN_DEVICE Storage* z_of(int segment) const {
-    const int at = turns && chain_.one_segment ? 0 : segment - chain_.first_segment;
+  GUNN_DEVICE Storage* z_of(int number) const {
+    const int at = turns && chain_.one_segment ? 0 : segment_of<units>(number) - chain_.first_segment;
     return chain_.z + at * chain_.extents.pixels * chain_.extents.z_rows();
   }
+  GUNN_DEVICE int row_of(Norm norm, int number) const { return chain_.extents.z_row(norm, unit_of<units>(number)); }
 
   // Steps of channels in [from, to), but for those in [first_late, last_late].
   GUNN_DEVICE void reduce_steps(Sums<RT>& sums, int from, int to, int first_late, int last_late) {
@@ -255,7 +258,7 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
     }
   }
   GUNN_DEVICE void load_pixels(uint32_t (&a)[4], int mt, int step) const {
-    if (!streams || kStep * step < chain_.resident) {
+    if (!streams || (!turns && kStep * step < chain_.resident)) {
       const int matrix = lane_ / 8, row = this->first_row(mt) + matrix % 2 * 8 + lane_ % 8;
       load_matrices<false>(a, shared_ + row * layout_.map_stride + step * kStep + matrix / 2 * kPiece);
     } else {
@@ -272,31 +275,31 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
     for (int r = 0; r < 4; ++r) a[r] = Bits::operand(a[r]);
   }
 
-  GUNN_DEVICE void activate_hidden(int segment) const {
+  GUNN_DEVICE void activate_hidden(int number) const {
     this->each_row([&](int, int, int m) {
       if (m >= count_) return;
       uint32_t* bits = this->hidden_bits(m);
       GUNN_UNROLL
-      for (int p = 0; p < KP; ++p) bits[4 * p] = activated(segment, Kind::reduce, this->column(p), bits[4 * p]);
+      for (int p = 0; p < KP; ++p) bits[4 * p] = activated(number, Kind::reduce, this->column(p), bits[4 * p]);
     });
   }
   template <int pieces>
-  GUNN_DEVICE void activate(int segment, Kind kind, Packed<pieces>& values) const {
+  GUNN_DEVICE void activate(int number, Kind kind, Packed<pieces>& values) const {
     GUNN_UNROLL
     for (int p = 0; p < pieces; ++p) {
       const int column = this->pinned(this->column(p));
       this->each_row(
-          [&](int mt, int half, int) { values[mt][p][half] = activated(segment, kind, column, values[mt][p][half]); });
+          [&](int mt, int half, int) { values[mt][p][half] = activated(number, kind, column, values[mt][p][half]); });
     }
   }
-  GUNN_DEVICE float normed(int segment, Kind kind, int column, float value) const {
+  GUNN_DEVICE float normed(int number, Kind kind, int column, float value) const {
     const int k = static_cast<int>(kind);
-    return value * tables_.scale[segment % 2][k][column] + tables_.shift[segment % 2][k][column];
+    return value * tables_.scale[number % 2][k][column] + tables_.shift[number % 2][k][column];
   }
   // A register as an operand of the next product.
-  GUNN_DEVICE uint32_t activated(int segment, Kind kind, int column, uint32_t bits) const {
+  GUNN_DEVICE uint32_t activated(int number, Kind kind, int column, uint32_t bits) const {
     return Bits::operand(
-        Base::pack([&](int v) { return relu(normed(segment, kind, column + v, Bits::value(bits, v))); }));
+        Base::pack([&](int v) { return relu(normed(number, kind, column + v, Bits::value(bits, v))); }));
   }
 
   // Mean and squared deviations of every column, sent to the clerks.
@@ -344,7 +347,7 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
     }
     __syncthreads();
     const int mine = threadIdx.x;
-    if (mine >= 8 * tiles || place_of(chain_.extents, kind, Kind::reduce, mine).row < 0) return false;
+    if (mine >= 8 * tiles || place_of(chain_.extents, 0, kind, Kind::reduce, mine).row < 0) return false;
     float mean = 0, squares = 0;
     const int count = this->pinned(count_);
     const auto values = [&](int warp) { return static_cast<float>(max(0, min(count - warp * 16 * MT, 16 * MT))); };
@@ -358,37 +361,37 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
     return true;
   }
   // Scale and shift of the stage, for every thread.
-  GUNN_DEVICE void settle(Kind kind, int segment, unsigned epoch) const {
+  GUNN_DEVICE void settle(Kind kind, int number, unsigned epoch) const {
     const int mine = threadIdx.x, k = static_cast<int>(kind);
     if (chain_.exchanges && mine < columns_of(kind)) {
       float scale = 0, shift = 0;
-      if (place_of(chain_.extents, kind, Kind::reduce, mine).row >= 0) {
+      if (place_of(chain_.extents, unit_of<units>(number), kind, Kind::reduce, mine).row >= 0) {
         this->receive_pair(kind, mine, epoch, &scale, &shift);
       }
-      tables_.scale[segment % 2][k][mine] = scale, tables_.shift[segment % 2][k][mine] = shift;
+      tables_.scale[number % 2][k][mine] = scale, tables_.shift[number % 2][k][mine] = shift;
     }
     __syncthreads();
   }
 
-  // The shortcut's pieces are those of zs from `first` on.
+  // What is added to the last unit's z3 (output_of) are the pieces of `beside` from `first` on.
   template <int first, int of>
-  GUNN_DEVICE void write_back(int segment, const Packed<SP>& z3, const Packed<of>& zs) const {
+  GUNN_DEVICE void write_back(int number, const Packed<SP>& z3, const Packed<of>& beside) const {
     const Extents& extents = chain_.extents;
-    const int s = extents.segment;
+    const int s = extents.segment, segment = segment_of<units>(number);
     this->each_row([&](int mt, int half, int m) {
       if (m >= count_) return;
       GUNN_UNROLL
       for (int p = 0; p < SP; ++p) {
         const int channel = this->column(p), in_state = segment * s + channel;
         if (channel >= s) continue;
-        const uint32_t own = z3[mt][p][half], shortcut = zs[mt][first + p][half];
+        const uint32_t own = z3[mt][p][half], other = beside[mt][first + p][half];
         const bool all = this->even_segments();
         uint32_t before = 0;
         if (all && extents.residual) before = this->bits_at(m, in_state);
         float out[kEach];
         GUNN_UNROLL
         for (int v = 0; v < kEach; ++v) {
-          out[v] = updated(segment, channel + v, Bits::value(own, v), Bits::value(shortcut, v), Bits::value(before, v));
+          out[v] = output_of(number, channel + v, Bits::value(own, v), Bits::value(other, v)) + Bits::value(before, v);
         }
         if (all) {
           this->bits_at(m, in_state) = Base::pack([&](int v) { return out[v]; });
@@ -404,11 +407,16 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
       }
     });
   }
-  // A channel's output, rounded, on top of the state.
-  GUNN_DEVICE float updated(int segment, int channel, float own, float shortcut, float before) const {
-    float out = normed(segment, Kind::project, channel, own);
-    if (this->has_shortcut()) out += normed(segment, Kind::reduce, 8 * KT + channel, shortcut);
-    return to_float(from_float<Storage>(out)) + before;
+  // A channel of a unit's output, rounded: beside its z3 it is made of the shortcut's pre-activation, or of the input
+  // of a second unit.
+  GUNN_DEVICE float output_of(int number, int channel, float own, float beside) const {
+    float out = normed(number, Kind::project, channel, own);
+    if (unit_of<units>(number) > 0) {
+      out += beside;
+    } else if (this->has_shortcut()) {
+      out += normed(number, Kind::reduce, 8 * KT + channel, beside);
+    }
+    return to_float(from_float<Storage>(out));
   }
 
   const ForwardChain<Precision>& chain_;
@@ -416,24 +424,25 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
 };
 
 // A clerk's warp: its columns of every exchange, in order.
-template <class Precision, int KT, int ST>
+template <class Precision, int KT, int ST, int units = 1>
 GUNN_DEVICE void combine_statistics(const ForwardChain<Precision>& chain) {
   const Extents& extents = chain.extents;
   const int lane = threadIdx.x % 32, blocks = chain.blocks;
   const ClerkWarp warp(blocks);
   const float all = static_cast<float>(extents.pixels);
   const LanePixels values(chain);
-  for (int i = chain.first_segment; i <= chain.last_segment; ++i) {
-    const unsigned epoch = i + 1;
+  for (int number = units * chain.first_segment; number < units * (chain.last_segment + 1); ++number) {
+    const int i = segment_of<units>(number), unit = unit_of<units>(number);
+    const unsigned epoch = number + 1;
     GUNN_UNROLL
     for (int k = 0; k < kKinds; ++k) {
       const int columns = 8 * (k == 0 ? KT + ST : k == 1 ? KT : ST);
       for (int column = warp.mine; column < columns; column += warp.all) {
-        const ColumnPlace place = place_of(extents, static_cast<Kind>(k), Kind::reduce, column);
+        const ColumnPlace place = place_of(extents, unit, static_cast<Kind>(k), Kind::reduce, column);
         if (place.row < 0) continue;  // nobody's column
         const int64_t in_norm = static_cast<int64_t>(i) * extents.channels_of(place.norm) + place.channel;
-        const float weight = norm_weight(chain.unit, place.norm)[in_norm];  // read before the wait
-        const float bias = norm_bias(chain.unit, place.norm)[in_norm];
+        const float weight = norm_weight(chain.unit[unit], place.norm)[in_norm];  // read before the wait
+        const float bias = norm_bias(chain.unit[unit], place.norm)[in_norm];
         const Word* words = chain.words[k] + 2 * column * blocks;
         const LanePairs pairs(words, blocks, epoch);
         float sum = 0, squares = 0;
@@ -453,7 +462,7 @@ GUNN_DEVICE void combine_statistics(const ForwardChain<Precision>& chain) {
         const float inverse = inverse_deviation(var, chain.eps), scale = weight * inverse;
         send(chain.results[k] + 2 * column, scale, epoch);
         send(chain.results[k] + 2 * column + 1, bias - mean * scale, epoch);
-        const int64_t row = static_cast<int64_t>(i) * extents.row(Norm::reduce, 1) + place.row;
+        const int64_t row = static_cast<int64_t>(i) * extents.row(Norm::reduce, units) + place.row;
         chain.mean[row] = mean, chain.var[row] = var;
       }
     }

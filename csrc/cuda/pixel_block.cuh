@@ -25,7 +25,10 @@
 //            behind whatever the slots before were read for, copies of tables and of the project's weights travel with
 //            slots.
 //
-// One unit, k and s of one template: KT and ST tiles of 8 channels. How lanes hold values: registers.cuh.
+// Units are numbered through all segments, and so are epochs of words; where a layer has one in each, they are
+// segments.
+//
+// k and s of one template: KT and ST tiles of 8 channels. How lanes hold values: registers.cuh.
 #pragma once
 
 #include "cuda/registers.cuh"
@@ -41,8 +44,9 @@ constexpr int kMostBlocks = 256;  // of an exchange: as many words as a clerk's 
 
 // Slots of the ring, and the steps (of depth, or of channels that are made) that one serves.
 constexpr int kSlots = 3, kSlotSteps = 4;
+constexpr int kMostUnits = 2;  // of a segment
 // Whether one segment's weights are too many to lie in shared memory: all but the project's come through the ring
-// then. Such layers, the ImageNet models', have no shortcut, and segments of an even number of channels.
+// then. Such layers have segments of an even number of channels, and of one unit, the ImageNet models', no shortcut.
 constexpr bool through_ring(int k_tiles) { return 2 * 9 * 64 * k_tiles * k_tiles > 64 << 10; }
 
 // The batch norm behind a kind's convolution.
@@ -67,15 +71,15 @@ struct Chain {
   using Storage = typename Precision::Storage;
 
   Extents extents;
-  const Storage* packed[kKinds];          // weights.cuh
-  Word *words[kKinds], *results[kKinds];  // (columns, 2, blocks), (columns, 2)
-  Word* edges;                            // (2 turns, all bands, upper and lower, registers of a row's k)
-  Storage* streamed;                      // (blocks, pieces of streamed channels, pixels of a block); in turns of bands
-  int bands, band_rows;                   // of an image, and their rows, the last one's fewer
-  int all_bands, first_band;              // of the batch; the first block's
-  int blocks;                             // with pixels
-  int resident;                           // channels in shared memory, a multiple of 16
-  int first_segment, last_segment;        // of this launch
+  const Storage* packed[kMostUnits][kKinds];  // weights.cuh
+  Word *words[kKinds], *results[kKinds];      // (columns, 2, blocks), (columns, 2)
+  Word* edges;                                // (2 turns, all bands, upper and lower, registers of a row's k)
+  Storage* streamed;                // (blocks, pieces of streamed channels, pixels of a block); in turns of bands
+  int bands, band_rows;             // of an image, and their rows, the last one's fewer
+  int all_bands, first_band;        // of the batch; the first block's
+  int blocks;                       // with pixels
+  int resident;                     // channels in shared memory, a multiple of 16
+  int first_segment, last_segment;  // of this launch
   bool exchanges;
 
   __host__ GUNN_DEVICE int streamed_channels() const { return (extents.channels + 15) / 16 * 16 - resident; }
@@ -110,7 +114,7 @@ struct ChainLayout {
     ring = next;
     constexpr int kChunk = 4 * kPiece;  // of depth
     slot = kSlotSteps * Registers<Precision>::kStep *
-           (transposed ? (extents.k() + kChunk - 1) / kChunk * kChunk : extents.k());
+           (transposed ? (extents.reduce_columns(0) + kChunk - 1) / kChunk * kChunk : extents.reduce_columns(0));
     if (rings) next += kSlots * slot;
     hidden = next;
     next += (band_rows + 2) * (extents.width + 2) * hidden_stride;
@@ -121,9 +125,9 @@ struct ChainLayout {
 
 // Behind the layout's elements: two numbers of each warp and column, before they are combined; and where the hidden
 // activations of each pixel lie.
-template <int KT, int ST, int warps, int fragments>
+template <int KT, int ST, int warps, int fragments, int units>
 struct BlockTables {
-  static constexpr int kColumns = KT > 8 ? 8 * KT : 64;  // of an exchange, at most
+  static constexpr int kColumns = KT > 8 ? 8 * (KT + (units > 1 ? ST : 0)) : 64;  // of an exchange, at most
   float a[warps][kColumns], b[warps][kColumns];
   int hidden_at[16 * warps * fragments];
 };
@@ -134,14 +138,14 @@ struct ColumnPlace {
   int channel, row;
 };
 // The shortcut's columns lie behind those of one kind.
-GUNN_DEVICE ColumnPlace place_of(const Extents& extents, Kind kind, Kind with_shortcut, int column) {
+GUNN_DEVICE ColumnPlace place_of(const Extents& extents, int unit, Kind kind, Kind with_shortcut, int column) {
   const Norm own = norm_of(kind);
   const int columns = padded(extents.channels_of(own));
   const bool behind = kind == with_shortcut && column >= columns;
   const Norm norm = behind ? Norm::shortcut : own;
   const int channel = behind ? column - columns : column;
-  const bool real = channel < extents.channels_of(norm) && (norm != Norm::shortcut || extents.shortcut);
-  return {norm, channel, real ? extents.row(norm, 0) + channel : -1};
+  const bool real = channel < extents.channels_of(norm) && (norm != Norm::shortcut || extents.projects(unit));
+  return {norm, channel, real ? extents.row(norm, unit) + channel : -1};
 }
 
 // Which warp of the clerks this is, and of how many.
@@ -191,7 +195,17 @@ GUNN_DEVICE Value over_lanes(Value value) {
   return value;
 }
 
-template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool transposed, bool turns>
+// Of the unit with a number.
+template <int units>
+GUNN_DEVICE int segment_of(int number) {
+  return units == 1 ? number : number / units;
+}
+template <int units>
+GUNN_DEVICE int unit_of(int number) {
+  return units == 1 ? 0 : number % units;
+}
+
+template <class Precision, int KT, int ST, int WARPS, int MT, bool streams, bool transposed, bool turns, int units>
 class PixelBlock {
  protected:
   using Storage = typename Precision::Storage;
@@ -199,19 +213,23 @@ class PixelBlock {
   static constexpr int kThreadCount = 32 * WARPS, kPixels = 16 * WARPS * MT;
   static constexpr int kPiece = Bits::kPiece, kEach = Bits::kEach, kStep = Bits::kStep;
   static constexpr bool kRing = through_ring(KT);
-  static constexpr int RT = KT + (kRing ? 0 : ST);          // the reduce's tiles, the shortcut's behind its own
-  static constexpr int kSlotChannels = kSlotSteps * kStep;  // of the transposed reduce
+  static constexpr int RT = KT + (kRing && units == 1 ? 0 : ST);  // the reduce's tiles, the shortcut's behind its own
   static constexpr int KP = KT * Bits::kOfTile, SP = ST * Bits::kOfTile, RP = RT * Bits::kOfTile;  // pieces of 16 bytes
+  // As ChainLayout has them.
+  static constexpr int kHiddenStride = (KP | 1) * kPiece, kChunk = 4 * kPiece;
+  static constexpr int kSlot = kSlotSteps * kStep * (transposed ? (8 * RT + kChunk - 1) / kChunk * kChunk : 8 * RT);
+  static constexpr int kSlotChannels = kSlotSteps * kStep;           // of the transposed reduce
+  static constexpr int kStepsAhead = MT * RT > 32 ? 2 : kSlotSteps;  // more would not fit beside so many sums
   template <int tiles>
   using Sums = float[MT][tiles][4];
   template <int pieces>
   using Packed = uint32_t[MT][pieces][2];  // rounded: rows g and g + 8, the lane's register of each piece
 
-  using Tables = BlockTables<KT, ST, WARPS, MT>;
+  using Tables = BlockTables<KT, ST, WARPS, MT, units>;
 
   GUNN_DEVICE PixelBlock(const Chain<Precision>& chain, Storage* shared)
       : base_(chain),
-        layout_(chain.extents, kPixels, chain.band_rows, chain.resident, transposed, kRing),
+        layout_(chain.extents, kPixels, chain.band_rows, turns ? 0 : chain.resident, transposed, kRing),
         shared_(shared),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
@@ -222,8 +240,7 @@ class PixelBlock {
     const int width = chain.extents.width;
     for (int m = threadIdx.x; m < kPixels; m += kThreadCount) {
       const int inside = min(m, chain.band_rows * width - 1);
-      tables_.hidden_at[m] =
-          layout_.hidden + ((inside / width + 1) * (width + 2) + inside % width + 1) * layout_.hidden_stride;
+      tables_.hidden_at[m] = layout_.hidden + ((inside / width + 1) * (width + 2) + inside % width + 1) * kHiddenStride;
     }
   }
 
@@ -236,32 +253,38 @@ class PixelBlock {
   GUNN_DEVICE Storage* copy_of(int64_t place) const {
     return base_.streamed + place * kPixels * base_.streamed_channels();
   }
-  // Calls work(whether it is the last one).
+  GUNN_DEVICE bool is_last_band() const { return band_ + base_.blocks >= base_.all_bands; }
   template <class Work>
   GUNN_DEVICE void each_band(const Work& work) {
     GUNN_ROLLED
     for (enter(blockIdx.x); band_ < base_.all_bands; enter(band_ + base_.blocks)) {
       __syncthreads();  // what the band before has in shared memory has been read
-      work(band_ + base_.blocks >= base_.all_bands);
+      work();
     }
   }
 
   // ---- Weights: rows of 64 bytes of depth, whose four pieces are exchanged so that eight rows lie in all banks.
 
   GUNN_DEVICE Storage* weights(Kind kind) const { return shared_ + layout_.weights[static_cast<int>(kind)]; }
-  GUNN_DEVICE PackShape shape_of(Kind kind) const { return pack_shape(base_.extents, pack_of(kind, transposed), 0); }
+  GUNN_DEVICE PackShape shape_of(Kind kind, int unit = 0) const {
+    return pack_shape(base_.extents, pack_of(kind, transposed), unit);
+  }
   static GUNN_DEVICE int piece(int row, int piece) { return (row * 4 + (piece ^ (row >> 1 & 3))) * kPiece; }
 
   // But for those that the ring brings.
-  GUNN_DEVICE void fetch(Kind kind, int segment) const {
+  GUNN_DEVICE void fetch(Kind kind, int number) const {
     if (kRing && kind != Kind::project) return;
-    const PackShape shape = shape_of(kind);
-    const int pieces = static_cast<int>(shape.size<Precision>() / kPiece);
-    const Storage* from = base_.packed[static_cast<int>(kind)] + segment * shape.size<Precision>();
+    const int pieces = static_cast<int>(shape_of(kind).template size<Precision>() / kPiece);
+    const Storage* from = packed_of(kind, number);
     Storage* to = weights(kind);
     for (int at = pinned(static_cast<int>(threadIdx.x)); at < pieces; at += kThreadCount) {
       copy_async<16>(to + piece(at / 4, at % 4), from + at * kPiece);
     }
+  }
+  GUNN_DEVICE const Storage* packed_of(Kind kind, int number) const {
+    const int unit = unit_of<units>(number);
+    return base_.packed[unit][static_cast<int>(kind)] +
+           segment_of<units>(number) * shape_of(kind, unit).template size<Precision>();
   }
   // Fragments of two neighbouring tiles of 8 columns, at a step of depth; `rows` in a chunk. Where there is no second
   // tile, its are the first one's last row.
@@ -304,15 +327,15 @@ class PixelBlock {
 
   // ---- The ring: weights in the order in which they are multiplied, slot by slot, some slots ahead
   //
-  // Forward, of each segment: reduce, once more where the segment before has written, spatial. Backward, last to first:
+  // Forward, of each unit: reduce, once more where the segment before has written, spatial. Backward, last to first:
   // spatial, of the reduce where the segment before will read, then all of it. In turns each for all bands, and of the
-  // backward's reduce all at once.
+  // backward's reduce, and of that of more units than one, all at once.
 
   struct Steps {
     int first, last;
     GUNN_DEVICE int slots() const { return last < first ? 0 : last / kSlotSteps - first / kSlotSteps + 1; }
   };
-  GUNN_DEVICE Steps all_steps() const { return {0, (base_.extents.channels + kStep - 1) / kStep - 1}; }
+  GUNN_DEVICE Steps all_steps(int unit = 0) const { return {0, (base_.extents.inputs(unit) + kStep - 1) / kStep - 1}; }
   // Those that have channels of the segment before; none of the first one's.
   GUNN_DEVICE Steps late_steps(int segment) const {
     const int s = base_.extents.segment;
@@ -320,10 +343,12 @@ class PixelBlock {
     return {(segment - 1) * s / kStep, (segment * s - 1) / kStep};
   }
 
+  GUNN_DEVICE int first_number() const { return units * base_.first_segment; }
+  GUNN_DEVICE int last_number() const { return units * base_.last_segment + units - 1; }
   // `whole`: the backward wants the reduce of its first segment.
   GUNN_DEVICE void start_ring(bool whole) {
-    next_segment_ = transposed ? base_.last_segment : base_.first_segment, whole_ = whole;
-    turn_ = next_slot_ = 0;
+    next_number_ = transposed ? last_number() : first_number(), whole_ = whole;
+    turn_ = next_slot_ = next_band_ = 0, next_spatial_ = transposed;
     GUNN_ROLLED
     for (int place = 0; place < kSlots - 1; ++place) fetch_slot(place);
   }
@@ -331,75 +356,79 @@ class PixelBlock {
     copy_async_wait<kSlots - 2>();
     __syncthreads();  // it has come, and the one before has been read
     fetch_slot(turn_ == 0 ? kSlots - 1 : turn_ - 1);
-    const Storage* slot = shared_ + layout_.ring + turn_ * layout_.slot;
+    const Storage* slot = shared_ + layout_.ring + turn_ * kSlot;
     turn_ = turn_ == kSlots - 1 ? 0 : turn_ + 1;
     return slot;
   }
   GUNN_DEVICE void fetch_slot(int place) {
-    const Steps late = transposed && turns ? Steps{0, -1} : late_steps(next_segment_);
-    const int all = all_steps().slots(), reduce = all + late.slots();
-    const int times = turns ? (base_.all_bands - blockIdx.x + base_.blocks - 1) / base_.blocks : 1;
-    const int begin = times * (transposed ? kSpatialSlots : reduce);  // of what comes behind
-    const bool spatial = (next_slot_ >= begin) != transposed;
-    const bool wanted = transposed ? next_segment_ > base_.first_segment ||
-                                         (next_segment_ == base_.first_segment && (spatial || whole_))
-                                   : next_segment_ <= base_.last_segment;
+    const bool at_once = units > 1 || (transposed && turns);
+    const Steps late = at_once ? Steps{0, -1} : late_steps(segment_of<units>(next_number_));
+    const int all = all_steps(unit_of<units>(next_number_)).slots(), reduce = all + late.slots();
+    const bool wanted =
+        transposed ? next_number_ > first_number() || (next_number_ == first_number() && (next_spatial_ || whole_))
+                   : next_number_ <= last_number();
     if (wanted) {
-      int slot = next_slot_ < begin ? next_slot_ : next_slot_ - begin;
-      if (turns) slot %= spatial ? kSpatialSlots : reduce;
-      if (!spatial) {  // the late ones come last, backward first
+      int slot = next_slot_;
+      if (!next_spatial_) {  // the late ones come last, backward first
         const int late_begin = transposed ? 0 : all, in_late = slot - late_begin;
         slot = in_late >= 0 && in_late < late.slots() ? late.first / kSlotSteps + in_late
                : transposed                           ? slot - late.slots()
                                                       : slot;
       }
-      copy_slot(shared_ + layout_.ring + place * layout_.slot, spatial ? Kind::spatial : Kind::reduce, slot);
+      copy_slot(shared_ + layout_.ring + place * kSlot, next_spatial_ ? Kind::spatial : Kind::reduce, slot);
     }
     copy_async_commit();
-    if (++next_slot_ < times * (reduce + kSpatialSlots)) return;
-    next_slot_ = 0, next_segment_ += transposed ? -1 : 1;
+    if (++next_slot_ < (next_spatial_ ? kSpatialSlots : reduce)) return;
+    next_slot_ = 0;
+    if (turns && static_cast<int>(blockIdx.x) + ++next_band_ * base_.blocks < base_.all_bands) return;
+    next_band_ = 0;
+    if (next_spatial_ != transposed) next_number_ += transposed ? -1 : 1;  // it was the unit's last product
+    next_spatial_ = !next_spatial_;
+  }
+  // shape_of, of what the template knows.
+  GUNN_DEVICE PackShape ring_shape(Kind kind, int unit) const {
+    constexpr int k = 8 * KT;
+    if (kind == Kind::spatial) return {k, 9 * k};
+    const int made = unit == 0 ? 8 * RT : k, inputs = unit == 0 ? padded(base_.extents.channels) : 8 * ST;
+    return transposed ? PackShape{inputs, made} : PackShape{made, inputs};
   }
   // Two chunks of depth of all rows, packed in tiles of 64; of the transposed reduce, whose rows are channels, all
-  // chunks of a slot's channels.
+  // chunks of kSlotChannels, zeros behind the last.
   GUNN_DEVICE void copy_slot(Storage* to, Kind kind, int slot) const {
-    if (transposed && kind == Kind::reduce) return copy_channels(to, slot);
-    constexpr int kSlotChunks = kSlotSteps / 2, kTile = kSlotChunks * kColumns * 4;  // pieces of the first tile
-    const PackShape shape = shape_of(kind);
-    const PackedTile<Precision> first = tile_of(kind, 0), second = tile_of(kind, kColumns);
-    const int chunk = slot * kSlotChunks, chunks = min(shape.chunks<Precision>() - chunk, kSlotChunks);
-    const int pieces = chunks * kColumns * 4, all = kTile + chunks * (8 * KT - kColumns) * 4;
-    const Storage* from = first.data + chunk * first.chunk_size;
-    const Storage* behind = second.data + chunk * second.chunk_size - kTile * kPiece;
+    constexpr int kSlotChunks = kSlotSteps / 2, kTile = kSlotChunks * kColumns * 4;  // pieces of a tile
+    const bool by_channels = transposed && kind == Kind::reduce;
+    const PackShape shape = ring_shape(kind, unit_of<units>(next_number_));
+    const int all_chunks = shape.chunks<Precision>(), first_chunk = slot * kSlotChunks;
+    const int chunks = min(all_chunks - first_chunk, kSlotChunks);
+    const int pieces = 4 * (by_channels ? all_chunks * kSlotChannels : kSlotChunks * shape.rows);
+    const Storage* const from = base_.packed[unit_of<units>(next_number_)][static_cast<int>(kind)] +
+                                segment_of<units>(next_number_) * shape.size<Precision>();
     GUNN_ROLLED
-    for (int at = threadIdx.x; at < all; at += kThreadCount) {
-      if (at >= pieces && at < kTile) continue;
-      copy_async<16>(to + piece(at / 4, at % 4), (at < kTile ? from : behind) + at * kPiece);
+    for (int at = threadIdx.x; at < pieces; at += kThreadCount) {
+      // The tile's first row, its rows, and the piece among its own.
+      const int row = by_channels ? slot * kSlotChannels / kColumns * kColumns : at / kTile * kColumns;
+      const int rows = min(shape.rows - row, kColumns);
+      int in_tile = first_chunk * rows * 4 + at % kTile;
+      bool inside = true;
+      if (by_channels) {
+        const int in_chunk = slot * kSlotChannels - row + at / 4 % kSlotChannels;
+        inside = in_chunk < rows;
+        in_tile = (at / (4 * kSlotChannels) * rows + (inside ? in_chunk : 0)) * 4 + at % 4;
+      } else if (at % kTile >= chunks * rows * 4) {
+        continue;
+      }
+      copy_async<16>(to + piece(at / 4, at % 4), from + (row * all_chunks * 4 + in_tile) * kPiece, inside);
     }
-  }
-  // kSlotChannels rows in each chunk, zeros behind the last.
-  GUNN_DEVICE void copy_channels(Storage* to, int slot) const {
-    const int row = slot * kSlotChannels;
-    const PackedTile<Precision> tile = tile_of(Kind::reduce, row / kColumns * kColumns);
-    const int before = row % kColumns, all = shape_of(Kind::reduce).template chunks<Precision>() * kSlotChannels * 4;
-    GUNN_ROLLED
-    for (int at = threadIdx.x; at < all; at += kThreadCount) {
-      const int chunk = at / (kSlotChannels * 4), in_tile = before + at / 4 % kSlotChannels;
-      const bool inside = in_tile < tile.rows;
-      copy_async<16>(to + piece(at / 4, at % 4),
-                     tile.data + (inside ? chunk * tile.chunk_size + in_tile * 4 * kPiece : 0) + at % 4 * kPiece,
-                     inside);
-    }
-  }
-  GUNN_DEVICE PackedTile<Precision> tile_of(Kind kind, int row) const {
-    return PackedTile<Precision>(shape_of(kind), base_.packed[static_cast<int>(kind)], next_segment_, row);
   }
 
   // ---- The map: the state, or its gradient
 
+  // Channels in shared memory; in turns none.
+  GUNN_DEVICE int resident() const { return turns ? 0 : base_.resident; }
   // Where the map has a pixel's channel.
   GUNN_DEVICE Storage* at(int m, int channel) const {
-    if (!streams || channel < base_.resident) return shared_ + m * layout_.map_stride + channel;
-    const int behind = channel - base_.resident;
+    if (!streams || (!turns && channel < base_.resident)) return shared_ + m * layout_.map_stride + channel;
+    const int behind = channel - resident();
     return streamed_ + (static_cast<int64_t>(behind / kPiece) * kPixels + m) * kPiece + behind % kPiece;
   }
   // A register of channels at once, where they have one for themselves.
@@ -417,35 +446,37 @@ class PixelBlock {
         }
       }
     };
-    const int m = first_row(0) + lane_ / 4, behind = kStep * step - base_.resident;
-    if (behind < 0) {
+    const int m = first_row(0) + lane_ / 4, behind = kStep * step - resident();
+    if (!turns && behind < 0) {
       each(shared_ + m * layout_.map_stride + kStep * step + column(0), layout_.map_stride, kPiece);
     } else {
       each(streamed_ + behind * kPixels + kPiece * m + column(0), kPiece, kPiece * kPixels);
     }
   }
   // Steps [from, to) of channels: calls work(step, its registers, slot of the ring or null, step of the slot).
-  // Registers, which may come from L2, are on their way four steps before they are needed.
+  // Registers, which may come from L2, are on their way kStepsAhead steps before they are needed.
   template <class Work>
   GUNN_DEVICE void each_step(int from, int to, const Work& work) {
-    uint32_t bits[kSlotSteps][MT][4] = {};
+    uint32_t bits[kStepsAhead][MT][4] = {};
     const auto load = [&](int j, int step) {
       if (step < to) each_register(step, [&](int mt, int r, const uint32_t* from) { bits[j][mt][r] = *from; });
     };
     GUNN_UNROLL
-    for (int j = 0; j < kSlotSteps; ++j) load(j, from + j);
+    for (int j = 0; j < kStepsAhead; ++j) load(j, from + j);
     GUNN_ROLLED
     for (int first = from; first < to; first += kSlotSteps) {
       const Storage* slot = nullptr;
       if constexpr (kRing) slot = next_slot();
       GUNN_UNROLL
       for (int j = 0; j < kSlotSteps; ++j) {
-        if (first + j < to) work(first + j, bits[j], slot, j);
-        load(j, first + j + kSlotSteps);
+        if (first + j < to) work(first + j, bits[j % kStepsAhead], slot, j);
+        load(j % kStepsAhead, first + j + kStepsAhead);
       }
     }
   }
-  GUNN_DEVICE bool has_shortcut() const { return !kRing && base_.extents.shortcut; }
+  GUNN_DEVICE bool has_shortcut(int number = 0) const {
+    return units > 1 ? unit_of<units>(number) == 0 : !kRing && base_.extents.shortcut;
+  }
   // Whether segments begin and end between registers.
   GUNN_DEVICE bool even_segments() const { return kRing || base_.extents.segment % kEach == 0; }
   // Pixel m of the band, from the beginning of its image.
@@ -454,20 +485,16 @@ class PixelBlock {
     const int width = base_.extents.width, row = band_ % base_.bands * base_.band_rows + m / width;
     return map.data + static_cast<int64_t>(band_ / base_.bands) * map.batch + row * map.row + m % width * map.column;
   }
-  // The map from tensors, channels below `written` from `before`; and zeros around the hidden activations.
+  // The map from tensors, channels below `written` from `before`.
   GUNN_DEVICE void load_map(const FeatureMap<const Storage>& before, const FeatureMap<const Storage>& from,
                             int written) const {
-    const int channels = base_.resident + base_.streamed_channels();
+    const int channels = resident() + base_.streamed_channels();
     const bool pixels_fast = from.column < from.channel;
     for (int e = threadIdx.x; e < kPixels * channels; e += kThreadCount) {
       const int m = pixels_fast ? e % kPixels : e / channels, c = pixels_fast ? e / kPixels : e % channels;
       const bool real = m < count_ && c < base_.extents.channels;
       const FeatureMap<const Storage> map = c < written ? before : from;
       *at(m, c) = real ? pixel_of(map, m)[c * map.channel] : from_float<Storage>(0.0f);
-    }
-    const int border = (base_.band_rows + 2) * (base_.extents.width + 2) * layout_.hidden_stride;
-    for (int e = threadIdx.x; e < border; e += kThreadCount) {
-      shared_[layout_.hidden + e] = from_float<Storage>(0.0f);
     }
   }
   GUNN_DEVICE void store_map(const FeatureMap<Storage>& to) const {
@@ -523,6 +550,12 @@ class PixelBlock {
   GUNN_DEVICE uint32_t* hidden_bits(int m) const {
     return reinterpret_cast<uint32_t*>(shared_ + tables_.hidden_at[m] + column(0));
   }
+  GUNN_DEVICE void clear_hidden() const {
+    const int elements = (base_.band_rows + 2) * (base_.extents.width + 2) * kHiddenStride;
+    for (int e = threadIdx.x; e < elements; e += kThreadCount) {
+      shared_[layout_.hidden + e] = from_float<Storage>(0.0f);
+    }
+  }
   template <int pieces>
   GUNN_DEVICE void store_hidden(const Packed<pieces>& values) const {
     each_row([&](int mt, int half, int m) {
@@ -571,7 +604,7 @@ class PixelBlock {
         if (e >= end) break;
         const int column = at / (4 * KP), channel = at % (4 * KP) * kEach;
         const int row = lower ? base_.rows_of(band_) + 1 : 0;
-        Storage* to = shared_ + layout_.hidden + (row * (width + 2) + column + 1) * layout_.hidden_stride + channel;
+        Storage* to = shared_ + layout_.hidden + (row * (width + 2) + column + 1) * kHiddenStride + channel;
         const int64_t pixel = base_.first_pixel(band_) + (lower ? count_ : -width) + column;
         *reinterpret_cast<uint32_t*>(to) = finish(pixel, channel, raw[j]);
       }
@@ -579,7 +612,7 @@ class PixelBlock {
   }
   // Zeros above the first row of an image and below its last one, where the band before may have had a neighbour's.
   GUNN_DEVICE void clear_border() const {
-    const int band = band_ % base_.bands, elements = (base_.extents.width + 2) * layout_.hidden_stride;
+    const int band = band_ % base_.bands, elements = (base_.extents.width + 2) * kHiddenStride;
     GUNN_UNROLL
     for (int lower = 0; lower < 2; ++lower) {
       if (band != (lower ? base_.bands - 1 : 0)) continue;
@@ -590,14 +623,13 @@ class PixelBlock {
   // The 3x3 convolution; transposed, with the opposite offsets.
   GUNN_DEVICE void spatial_steps(Sums<KT>& sums) {
     constexpr int kPieces = 9 * KP, kDirection = transposed ? -1 : 1;  // of all taps
-    const int row = (base_.extents.width + 2) * layout_.hidden_stride, matrix = lane_ / 8;
+    const int row = (base_.extents.width + 2) * kHiddenStride, matrix = lane_ / 8;
     int pixel[MT];
     GUNN_UNROLL
     for (int mt = 0; mt < MT; ++mt) pixel[mt] = tables_.hidden_at[first_row(mt) + lane_ % 16];
     const auto load = [&](uint32_t (&a)[MT][4], int step) {
       const int piece = min(2 * step + matrix / 2, kPieces - 1), tap = piece / KP;
-      const int offset =
-          kDirection * ((tap / 3 - 1) * row + (tap % 3 - 1) * layout_.hidden_stride) + piece % KP * kPiece;
+      const int offset = kDirection * ((tap / 3 - 1) * row + (tap % 3 - 1) * kHiddenStride) + piece % KP * kPiece;
       GUNN_UNROLL
       for (int mt = 0; mt < MT; ++mt) load_matrices<false>(a[mt], shared_ + pixel[mt] + offset);
     };
@@ -741,8 +773,9 @@ class PixelBlock {
  private:
   static constexpr int kSpatialSteps = (9 * KP + 1) / 2;
   static constexpr int kSpatialSlots = (kSpatialSteps + kSlotSteps - 1) / kSlotSteps;
-  int turn_ = 0, next_slot_ = 0, next_segment_ = 0;  // of the ring: the slot to multiply, what to fetch
-  bool whole_ = true;
+  // Of the ring: the slot to multiply, and what to fetch.
+  int turn_ = 0, next_number_ = 0, next_band_ = 0, next_slot_ = 0;
+  bool next_spatial_ = transposed, whole_ = true;
 };
 
 }  // namespace gunn

@@ -636,7 +636,7 @@ class StagedBackward : protected StagedPass<Precision> {
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(used), static_cast<unsigned>(count));
     auto kernel = weight_gradient<Precision, Tile, which, first_unit, false>;
     if constexpr (Precision::kTensorCores) {
-      if (ready_) kernel = weight_gradient<Precision, Tile, which, true, true>;
+      if (ready_) kernel = weight_gradient<Precision, Tile, which, first_unit, true>;
     }
     launch(Launch{"weight_gradient", grid, dim3(Tile::kThreads), sizeof(Pool<Precision, Tile>), this->launcher_.stream,
                   &this->shape_},

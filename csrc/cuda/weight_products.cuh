@@ -1,8 +1,8 @@
-// Gradients of weights where gradients of pre-activations lie ready in memory (persistent_backward.cuh), for layers of
-// one unit in 16-bit dtypes: products whose depth is pixels, of all segments of a launch.
+// Gradients of weights where gradients of pre-activations lie ready in memory (persistent_backward.cuh), in 16-bit
+// dtypes: products whose depth is pixels, of all segments of a launch.
 //
 //   input_weights    dW1 | dWs = [dz1, dzs]ᵀ · state      all of a segment's rows and columns in one block
-//   hidden_weights   dW2 = dz2ᵀ · taps of h1, dW3 = dz3ᵀ · h2; of k 80 in three parts
+//   hidden_weights   dW2 = dz2ᵀ · taps of h1, dW3 = dz3ᵀ · h2, of one unit; of k 80 and 112 in three parts
 //
 // Owns:      block (pair of segments, range of pixels), or (part, segment, range of bands of rows). Sums stay in
 //            registers.
@@ -200,15 +200,17 @@ __global__ void __launch_bounds__(InputWeights::kThreadCount, 1)
 struct HiddenWeights {
   static constexpr int kWarps = 8, kThreadCount = 32 * kWarps;
   // A job is 16 rows of a product: first those of dW2ᵀ, tap by tap in eights, then those of dW3.
-  static constexpr int kJobsOfWarp = 2, kJobsOfPart = kJobsOfWarp * kWarps;
+  static __host__ GUNN_DEVICE constexpr int jobs_of_warp(int k_tiles) { return k_tiles > 10 ? 3 : 2; }
+  static __host__ GUNN_DEVICE constexpr int jobs_of_part(int k_tiles) { return jobs_of_warp(k_tiles) * kWarps; }
   static __host__ GUNN_DEVICE constexpr int spatial_jobs(int k_tiles) { return (9 * k_tiles + 1) / 2; }
   static __host__ GUNN_DEVICE constexpr int jobs(int k_tiles, int s_tiles) {
     return spatial_jobs(k_tiles) + (s_tiles + 1) / 2;
   }
   static int parts(const Extents& extents) {
-    return (jobs(extents.k() / 8, extents.s() / 8) + kJobsOfPart - 1) / kJobsOfPart;
+    const int part = jobs_of_part(extents.k() / 8);
+    return (jobs(extents.k() / 8, extents.s() / 8) + part - 1) / part;
   }
-  // Of a band: two blocks find room on a multiprocessor.
+  // Of a band: two blocks find room on a multiprocessor, of k 112 one.
   static __host__ GUNN_DEVICE constexpr int most_pixels(int k) { return k > 24 ? 128 : 256; }
 
   // Rows of a band: images are cut where they are too large, as equally as may be.
@@ -234,18 +236,20 @@ struct HiddenWeights {
 };
 
 template <class Precision, int KT, int ST>
-__global__ void __launch_bounds__(HiddenWeights::kThreadCount, 2)
-    hidden_weights(View<Precision> view, int first_segment, int range, int all_bands, float* spatial, float* project) {
+__global__ void __launch_bounds__(HiddenWeights::kThreadCount, KT > 10 ? 1 : 2)
+    hidden_weights(View<Precision> view, int unit, int first_segment, int range, int all_bands, float* spatial,
+                   float* project) {
   using Storage = typename Precision::Storage;
   using Sizes = HiddenWeights;
-  constexpr int k = 8 * KT, s = 8 * ST, kGroups = 9 * KT, kJobsOfWarp = Sizes::kJobsOfWarp;
+  constexpr int k = 8 * KT, s = 8 * ST, kGroups = 9 * KT, kJobsOfWarp = Sizes::jobs_of_warp(KT);
   constexpr int kHiddenStride = (KT | 1) * 8, kOutStride = (ST | 1) * 8, kPixels = Sizes::most_pixels(k);
   constexpr int kSpatialJobs = Sizes::spatial_jobs(KT), kJobs = Sizes::jobs(KT, ST);
   GUNN_DYNAMIC_SHARED(Storage, shared);
   const Extents& extents = view.extents;
   const int width = extents.width, band_rows = Sizes::band_rows(extents), bands = Sizes::bands(extents);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = first_segment + blockIdx.y;
-  const int first_job = blockIdx.z * Sizes::kJobsOfPart, last_job = min(first_job + Sizes::kJobsOfPart, kJobs) - 1;
+  const int first_job = blockIdx.z * Sizes::jobs_of_part(KT),
+            last_job = min(first_job + Sizes::jobs_of_part(KT), kJobs) - 1;
   const int job_of_warp = first_job + kJobsOfWarp * warp;
   const auto tap_of = [&](int group) { return min(group, kGroups - 1) / KT; };
   // Rows of h1 that the part's taps see above and below; whether it has some of the project's.
@@ -292,7 +296,7 @@ __global__ void __launch_bounds__(HiddenWeights::kThreadCount, 2)
       const bool inside = column >= 0 && column < width && first_row + row >= 0 && first_row + row < extents.height;
       const Storage* from = z + (first + static_cast<int64_t>(row) * width + column) * z_rows;
       store_vector(h1 + place * kHiddenStride + 8 * piece,
-                   inside ? activate(from, extents.z_row(Norm::reduce, 0) + 8 * piece) : nothing);
+                   inside ? activate(from, extents.z_row(Norm::reduce, unit) + 8 * piece) : nothing);
     }
     const int pieces = projects ? 2 * KT + ST : KT;
     for (int e = threadIdx.x; e < depth * pieces; e += Sizes::kThreadCount) {
@@ -300,15 +304,15 @@ __global__ void __launch_bounds__(HiddenWeights::kThreadCount, 2)
       const int64_t at = (first + m) * z_rows;
       const bool inside = m < count;
       if (piece < KT) {
-        const Storage* from = dz + at + extents.z_row(Norm::spatial, 0) + 8 * piece;
+        const Storage* from = dz + at + extents.z_row(Norm::spatial, unit) + 8 * piece;
         store_vector(dz2 + m * kHiddenStride + 8 * piece, inside ? load_vector(from) : nothing);
       } else if (piece < 2 * KT) {
         const int channel = 8 * (piece - KT);
         store_vector(h2 + m * kHiddenStride + channel,
-                     inside ? activate(z + at, extents.z_row(Norm::spatial, 0) + channel) : nothing);
+                     inside ? activate(z + at, extents.z_row(Norm::spatial, unit) + channel) : nothing);
       } else {
         const int channel = 8 * (piece - 2 * KT);
-        const Storage* from = dz + at + extents.z_row(Norm::project, 0) + channel;
+        const Storage* from = dz + at + extents.z_row(Norm::project, unit) + channel;
         store_vector(dz3 + m * kOutStride + channel, inside ? load_vector(from) : nothing);
       }
     }

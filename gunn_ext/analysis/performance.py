@@ -190,6 +190,10 @@ def _sum(parts: Iterable[Parts]) -> Parts:
     return total
 
 
+def _times(parts: Parts, count: float) -> Parts:
+    return Parts(*(count * value for value in parts.values()))
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What one variant is predicted to take.
@@ -309,6 +313,74 @@ def _gradients(k: int, s: int, n: int, made: int, first: bool) -> list[_Gradient
     return [_Gradient(made, n, large=first), _Gradient(k, 9 * k, large=True), _Gradient(s, k, large=False)]
 
 
+@dataclass(frozen=True)
+class _Staged:
+    """A layer's segments on the staged driver, phase by phase; but for what a pass begins and ends with.
+
+    Attributes:
+        stages: Pre-activations and outputs, segment by segment.
+        again: Pre-activations for the backward, blocks of segments at once.
+        chain: Of gradients, segment by segment.
+        gradients: Of weights, blocks of segments at once.
+    """
+
+    stages: Parts
+    again: Parts
+    chain: Parts
+    gradients: Parts
+
+
+def _by_stages(
+    sizes: LayerSizes,
+    batch: int,
+    dtype: str,
+    limits: DeviceLimits,
+    block: int,
+    *,
+    large_tiles: bool = True,
+    hidden_gradients: bool = True,
+) -> _Staged:
+    pixels, k, s = batch * sizes.size**2, sizes.hidden, sizes.width
+    item, usable = BYTES[dtype], limits.usable_flops(dtype)
+    in_cache = sizes.state_bytes(batch, dtype) + 2 * (k + s) * pixels * item <= limits.cache_bytes
+    large = large_tiles and item == 2
+
+    def moved(values: float, weights: float = 0.0) -> Parts:
+        cached = (weights + (values if in_cache else 0.0)) * item / limits.cache_bandwidth
+        return Parts(cache=cached, memory=0.0 if in_cache else values * item / limits.memory_bandwidth)
+
+    def stage(work: _Stage, segments: int = 1) -> Parts:
+        tile = work.tile(pixels, large)
+        down, across = tile.down(pixels), tile.across(work.columns)
+        tiles = down * across * segments
+        idle = math.ceil(tiles / limits.processors) * limits.processors / tiles
+        parts = moved((work.once + work.again * across) * pixels * segments, work.weights * down * segments)
+        return parts + Parts(compute=work.flops * pixels * segments / usable * idle, launch=limits.launch)
+
+    def gradient(work: _Gradient, segments: int) -> Parts:
+        tile, ranges = work.plan(pixels, segments, large)
+        values = work.rows * tile.down(work.inputs) + work.inputs * tile.across(work.rows)
+        partials = 2 * ranges * work.rows * work.inputs * 4 / item  # written and read
+        flops = 2.0 * work.rows * work.inputs * pixels * segments
+        parts = moved((values * pixels + partials) * segments)
+        return parts + Parts(compute=flops / usable, launch=2 * limits.launch)
+
+    units = [(n, made, m == 0) for m, (n, made) in enumerate(sizes.units_in_order())]
+    unit_stages = [work for n, made, first in units for work in _unit_stages(k, s, n, made, first)]
+    write_back = _Stage(0, 4 * s, 0, s)
+    chain = [work for n, made, _ in units for work in _chain_stages(k, s, n, made)]
+    gradients = [
+        work for n, made, first in units for work in _gradients(k, s, n, made, first)[: 3 if hidden_gradients else 1]
+    ]
+    blocks = sizes.segments / block
+    return _Staged(
+        _times(_sum(stage(work) for work in [*unit_stages, write_back]), sizes.segments),
+        _times(_sum(stage(work, block) for work in unit_stages), blocks),
+        _times(_sum(stage(work) for work in chain), sizes.segments),
+        _times(_sum(gradient(work, block) for work in gradients), blocks),
+    )
+
+
 def staged(
     sizes: LayerSizes,
     batch: int,
@@ -333,54 +405,21 @@ def staged(
         recompute: Whether the backward recomputes pre-activations; else the forward writes them for it.
         large_tiles: Whether there are any; else what it costs without them.
     """
-    pixels, k, s = batch * sizes.size**2, sizes.hidden, sizes.width
-    item, usable = BYTES[dtype], limits.usable_flops(dtype)
+    pixels, k, s, item = batch * sizes.size**2, sizes.hidden, sizes.width, BYTES[dtype]
     state = sizes.state_bytes(batch, dtype)
-    in_cache = state + 2 * (k + s) * pixels * item <= limits.cache_bytes
-    large = large_tiles and item == 2
-
-    def moved(values: float, weights: float = 0.0) -> Parts:
-        cached = (weights + (values if in_cache else 0.0)) * item / limits.cache_bandwidth
-        return Parts(cache=cached, memory=0.0 if in_cache else values * item / limits.memory_bandwidth)
-
-    def stage(work: _Stage, segments: int = 1) -> Parts:
-        tile = work.tile(pixels, large)
-        down, across = tile.down(pixels), tile.across(work.columns)
-        tiles = down * across * segments
-        idle = math.ceil(tiles / limits.processors) * limits.processors / tiles
-        parts = moved((work.once + work.again * across) * pixels * segments, work.weights * down * segments)
-        return parts + Parts(compute=work.flops * pixels * segments / usable * idle, launch=limits.launch)
-
-    def gradient(work: _Gradient, segments: int) -> Parts:
-        tile, ranges = work.plan(pixels, segments, large)
-        values = work.rows * tile.down(work.inputs) + work.inputs * tile.across(work.rows)
-        partials = 2 * ranges * work.rows * work.inputs * 4 / item  # written and read
-        flops = 2.0 * work.rows * work.inputs * pixels * segments
-        parts = moved((values * pixels + partials) * segments)
-        return parts + Parts(compute=flops / usable, launch=2 * limits.launch)
-
-    def times(parts: Parts, count: float) -> Parts:
-        return Parts(*(count * value for value in parts.values()))
-
-    compulsory = Parts(memory=2 * state / limits.memory_bandwidth, launch=limits.launch)  # weights are packed in one
-    units = [(n, made, m == 0) for m, (n, made) in enumerate(sizes.units_in_order())]
-    unit_stages = [work for n, made, first in units for work in _unit_stages(k, s, n, made, first)]
-    write_back = _Stage(0, 4 * s, 0, s)
-    evaluation = compulsory + times(_sum(stage(work) for work in [*unit_stages, write_back]), sizes.segments)
-    kept = 0.0 if recompute else (2 * k + 2 * s) * sizes.units * sizes.segments * pixels * item
-    forward = evaluation + Parts(memory=kept / limits.memory_bandwidth)
-
     # Blocks of segments are recomputed at once and their weight gradients computed at once.
     per_segment = (4 * k + 3 * s) * sizes.units * pixels * item
     block = max(1, min(sizes.segments, int(max(state, _LEAST_BLOCK) // per_segment)))
-    blocks = sizes.segments / block
-    chain = [work for n, made, _ in units for work in _chain_stages(k, s, n, made)]
-    gradients = [work for n, made, first in units for work in _gradients(k, s, n, made, first)]
+    phases = _by_stages(sizes, batch, dtype, limits, block, large_tiles=large_tiles)
+    compulsory = Parts(memory=2 * state / limits.memory_bandwidth, launch=limits.launch)  # weights are packed in one
+    evaluation = compulsory + phases.stages
+    kept = 0.0 if recompute else (2 * k + 2 * s) * sizes.units * sizes.segments * pixels * item
+    forward = evaluation + Parts(memory=kept / limits.memory_bandwidth)
     backward = Parts(memory=(4 * state + kept) / limits.memory_bandwidth, launch=limits.launch)
-    backward += times(_sum(stage(work) for work in chain), sizes.segments)
+    backward += phases.chain
     if recompute:
-        backward += times(_sum(stage(work, block) for work in unit_stages), blocks)
-    backward += times(_sum(gradient(work, block) for work in gradients), blocks)
+        backward += phases.again
+    backward += phases.gradients
     return Prediction(forward, backward, evaluation)
 
 
@@ -417,7 +456,9 @@ def persistent(
     nothing. The backward takes blocks of segments: it recomputes them, runs their chain of gradients, which
     exchanges as often as the forward, and takes the gradients of their weights.
 
-    Whether the driver takes a layer is not asked here (several units it does not): this is what it would cost.
+    Of two units blocks take turns in training however many there are; evaluation, recomputation and the gradients of
+    the reduces' weights are the staged driver's. Whether the driver takes a layer is not asked here: this is what it
+    would cost.
 
     Args:
         sizes: Of the layer.
@@ -431,7 +472,8 @@ def persistent(
     item, usable = BYTES[dtype], limits.usable_flops(dtype)
     state = sizes.state_bytes(batch, dtype)
     at_once = max(1, limits.processors - 1) * _most_pixels(k, item)
-    turns = pixels > at_once
+    stacked = sizes.units > 1
+    turns = stacked or pixels > at_once
     # In evaluation of the images that are there at once.
     streamed = max(0.0, state - on_chip * limits.cache_bytes / 2 * math.ceil(pixels / at_once)) * segments
     tiles = math.ceil(pixels / _TILE) * math.ceil(sizes.units_in_order()[0][1] / _TILE)
@@ -458,19 +500,21 @@ def persistent(
     # Weights are packed in a launch of its own.
     once = Parts(memory=2 * state / limits.memory_bandwidth, launch=2 * limits.launch)
     evaluation = once + products(flops, weights * blocks + streamed, operands)
+    # Weights that do not fit into shared memory are read for every band.
+    bands = max(blocks, pixels / _TURN) if turns and k > 24 else blocks
     kept = (2 * k + 2 * s) * sizes.units * segments * pixels * item
     exchanges = Parts(exchange=3 * segments * sizes.units * limits.exchange)
     # In turns a step's results are written for the next one, rows at edges as words of twice the bytes.
     between = 2 * (2 * k + 2 * s + 4 * k / max(1, _TURN // sizes.size)) * sizes.units * segments * pixels * item
     forward = evaluation + exchanges
     if turns:
-        forward = once + products(flops, weights * blocks + state * segments, operands) + exchanges + moved(between)
+        forward = once + products(flops, weights * bands + state * segments, operands) + exchanges + moved(between)
     if not recompute:
         forward += Parts(memory=kept / limits.memory_bandwidth)
     # Three phases. Pre-activations are written, or were kept, read by the chain, and two of four for the weights; their
     # gradients written and read once. For the weights the state is read once for two segments; of wide ones once for
     # each, gradients once for 128 channels, and z1 with dz2 three times.
-    chain = products(flops, weights * blocks + 2 * (state * segments if turns else streamed), operands) + exchanges
+    chain = products(flops, weights * bands + 2 * (state * segments if turns else streamed), operands) + exchanges
     chain += Parts(memory=(2 * state + 2 * kept) / limits.memory_bandwidth)
     if turns:
         chain += moved(between)
@@ -478,7 +522,19 @@ def persistent(
     weight_gradients = products(flops, read * item * pixels * segments, operands)
     weight_gradients += Parts(memory=(1 + k / (k + s)) * kept / limits.memory_bandwidth)
     each = 2 * kept / segments
-    launches = math.ceil(segments / max(1, max(_LEAST_CHAIN, 3 * state) // each))
+    block = max(1, min(segments, int(max(_LEAST_CHAIN, 3 * state) // each)))
+    launches = math.ceil(segments / block)
+    if stacked:
+        # z1, a row beside four, and dz2 in three parts, z2 and dz3.
+        phases = _by_stages(sizes, batch, dtype, limits, block, hidden_gradients=False)
+        values = (3 * 2.25 + 1) * k + s
+        hidden = Parts(compute=2 * (9 * k * k + k * s) * pixels * segments * sizes.units / usable)
+        hidden += moved(values * pixels * segments * sizes.units * item)
+        backward = chain + phases.gradients + hidden
+        backward += Parts(launch=(1 + (1 + 2 * sizes.units) * launches) * limits.launch)
+        if recompute:
+            backward += phases.again
+        return Prediction(forward, backward, once + phases.stages)
     backward = chain + weight_gradients + Parts(launch=(1 + (4 if k <= 24 else 5) * launches) * limits.launch)
     if recompute:
         again = products(flops, weights * blocks + streamed, operands)

@@ -18,6 +18,8 @@ CASES = [
     Case(36, 3, batch=300, height=8, width=8),
     Case(36, 3, batch=150, height=16, width=32),
     Case(120, 3, shortcut=False, batch=300, height=4, width=6),
+    Case(108, 3, expansion=3, units=2, batch=2, height=12, width=16),  # two units
+    Case(108, 3, expansion=3, units=2, batch=150, height=16, width=16),
     Case(240, 20, batch=64, height=32, width=32),  # half images, some channels streamed; several launches backward
 ]
 LARGE = CASES[-1]

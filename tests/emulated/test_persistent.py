@@ -44,8 +44,14 @@ TURNS = [
     Case(36, 3, batch=3, height=2, width=130),  # six bands of one row
     Case(36, 3, shortcut=False, residual=False, batch=2, height=33, width=17),  # six bands of 11 rows
     Case(9, 9, batch=5, height=6, width=6),  # five whole images
-    replace(RING, batch=2, height=2, width=130),
+    replace(RING, batch=2, height=3, width=86),  # four bands of two rows and of one
     Case(114, 3, shortcut=False, residual=False, batch=3, height=5, width=7),
+]
+# Two units: k 112, s 40. Blocks of 128 pixels and of 256.
+UNITS = [
+    Case(108, 3, expansion=3, units=2, batch=3, height=5, width=6),
+    Case(72, 2, expansion=3, units=2, batch=1, height=3, width=60),  # two bands
+    Case(72, 2, expansion=3, units=2, residual=False, batch=1, height=3, width=130),  # three bands of two blocks
 ]
 OF_EACH_SIZE = ["bfloat16", "tf32"]
 
@@ -147,6 +153,16 @@ def test_blocks_take_turns(monkeypatch, driver, case, mode, precision):
     laws.rule_holds(sample_for(precision, case, 0), precision)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("case", UNITS, ids=str)
+def test_two_units(monkeypatch, driver, case, mode):
+    """With exchanges; evaluation has none."""
+    processors(monkeypatch, 3)
+    case = replace(case, mode=mode)
+    assert driver(case) == ("persistent" if mode == "train" else "staged, persistent")
+    laws.rule_holds(sample_for("bfloat16", case, 0), "bfloat16")
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 9, 10])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_any_number_of_blocks_shares_the_bands(monkeypatch, driver, count, mode):
@@ -221,14 +237,14 @@ def test_beside_a_ring_any_number_of_channels_is_streamed(monkeypatch, driver, s
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize(
     ("case", "precision"),
-    each([WIDE, BANDS, replace(NARROW, batch=2), RING, TURNS[0], TURNS[3]]),
+    [*each([WIDE, BANDS, replace(NARROW, batch=2), RING, TURNS[0], TURNS[3]]), (UNITS[1], "bfloat16")],
     ids=str,
 )
 def test_kept_pre_activations(monkeypatch, driver, case, mode, precision):
     if case in TURNS:
         processors(monkeypatch, 3)
     case = replace(case, mode=mode)
-    assert driver(case, precision, keep=True) == "persistent"
+    assert driver(case, precision, keep=True).endswith("persistent")
     dtype, fast = PRECISIONS[precision]
     with tensor_float(fast):
         laws.recomputation_changes_no_bit(sample_for(precision, case, 0), dtype)
@@ -253,6 +269,10 @@ def test_what_it_does_not_take(monkeypatch, driver):
     assert driver(WIDE, "float32") == "staged"
     assert driver(WIDE, "float64") == "staged"
     assert driver(replace(WIDE, units=2)) == "staged"
+    assert driver(UNITS[0], "tf32") == "staged"
+    assert driver(replace(UNITS[0], units=3)) == "staged"
+    assert driver(replace(UNITS[0], shortcut=False)) == "staged"
+    assert driver(replace(UNITS[0], mode="eval")) == "staged, persistent"
     assert driver(replace(WIDE, expansion=3)) == "staged"
     assert driver(replace(RING, shortcut=True)) == "staged"
     assert driver(replace(RING, channels=117)) == "staged"  # segments of 39 channels
@@ -283,6 +303,21 @@ def test_an_h200_takes_the_layers_of_gunn_15(monkeypatch, driver, case, mode, pr
     assert driver.turns == ("backward" if large_in_tf32 else "")
     assert driver(replace(case, mode=mode, batch=1000), precision) == "persistent"
     assert driver.turns == ("backward" if mode == "eval" and case.width <= 16 else "forward, backward")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(720, 20, expansion=3, units=2, height=32, width=32),
+        Case(900, 25, expansion=3, units=2, height=16, width=16),
+        Case(1080, 30, expansion=3, units=2, height=8, width=8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 64, 1000])
+def test_an_h200_takes_the_layers_of_gunn_24(monkeypatch, driver, case, batch):
+    processors(monkeypatch, 132)
+    assert driver(replace(case, batch=batch)) == "persistent"
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -324,7 +359,10 @@ def test_more_images_than_processors_in_evaluation(monkeypatch):
 
 @pytest.mark.parametrize(
     ("case", "precision"),
-    each([WIDE, BANDS, replace(BANDS, mode="eval"), RING, replace(RING, mode="eval"), TURNS[0]]),
+    [
+        *each([WIDE, BANDS, replace(BANDS, mode="eval"), RING, replace(RING, mode="eval"), TURNS[0]]),
+        (UNITS[1], "bfloat16"),
+    ],
     ids=str,
 )
 def test_bits_do_not_depend_on_the_schedule(monkeypatch, case, precision):

@@ -512,13 +512,21 @@ const std::vector<std::pair<const char*, Setup>>& persistent_setups() {
   };
   return all;
 }
-// k 80, s 40: weights come through a ring, in 16 bits.
-inline const std::vector<std::pair<const char*, Setup>>& ring_setups() {
+// k 80, s 40: weights come through a ring.
+template <bool wide>
+const std::vector<std::pair<const char*, Setup>>& ring_setups() {
   static const std::vector<std::pair<const char*, Setup>> all = {
       {"persistent_ring", on(3, {{1, 120, 1, 40, 3, 2, 1, false, true}})},
       {"persistent_ring_given", on(3, given({{1, 120, 1, 40, 3, 2, 1, false, true}}))},
-      {"persistent_ring_turns", on(2, {{2, 80, 1, 40, 2, 2, 1, false, true}})},          // of one block
-      {"persistent_ring_streamed", on(2, {{1, 114, 5, 6, 3, 2, 1, false, false}}, 66)},  // k 76, s 38
+      {"persistent_ring_turns", on(2, {{2, 80, 1, 40, 2, 2, 1, false, true}})},                      // of one block
+      {"persistent_ring_streamed", on(2, {{1, 114, 5, 6, 3, 2, 1, false, false}}, wide ? 84 : 66)},  // k 76, s 38
+  };
+  return all;
+}
+// k 112, s 40, and a second unit.
+inline const std::vector<std::pair<const char*, Setup>>& unit_setups() {
+  static const std::vector<std::pair<const char*, Setup>> all = {
+      {"persistent_units", on(2, {{1, 72, 1, 40, 2, 3, 2, true, true}})},
   };
   return all;
 }
@@ -545,7 +553,8 @@ bool add_cases(const Kernels<Scalar, Wide>& kernels, bool persistent) {
   };
   add(setups());
   if (persistent) add(persistent_setups<sizeof(Scalar) == 4>());
-  if (persistent && sizeof(Scalar) == 2) add(ring_setups());
+  if (persistent) add(ring_setups<sizeof(Scalar) == 4>());
+  if (persistent && sizeof(Scalar) == 2) add(unit_setups());
   if (sizeof(Scalar) == 2) add(large_setups());
   return true;
 }
