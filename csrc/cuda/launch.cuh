@@ -50,8 +50,8 @@
 #define GUNN_PARAMETER const __grid_constant__  // of a kernel: an array in it is indexed where it lies
 #else
 #include "emulator/emulator.h"
-#define GUNN_UNROLL _Pragma("GCC unroll 32")
-#define GUNN_ROLLED _Pragma("GCC unroll 1")
+#define GUNN_UNROLL  // what it has in registers the emulator has in memory: it would only be longer to compile
+#define GUNN_ROLLED
 #define GUNN_PARAMETER const
 #endif
 
