@@ -6,27 +6,25 @@
 // Turns:     of more bands than blocks at once. Without exchanges they are several launches', images as a whole. With
 //            exchanges a block has every `blocks`-th band and does each step for all of them before the exchange; what
 //            a band has between steps lies in memory (turns_forward.cuh, turns_backward.cuh).
-// Exchanges: three a segment, one for each Kind. A compute block sends two numbers of its pixels for each column; a
+// Exchanges: three a unit, one for each Kind. A compute block sends two numbers of its pixels for each column; a
 //            clerk's warp takes the words of all blocks, in a fixed tree, and sends two numbers back. Two hops through
-//            L2, no barrier of the grid. A slot is used again one segment later: by then every block has received the
-//            later exchanges of the segment, which needed every block's earlier ones to have been taken. Bands send the
+//            L2, no barrier of the grid. A slot is used again one unit later: by then every block has received the
+//            later exchanges of the unit, which needed every block's earlier ones to have been taken. Bands send the
 //            rows at their edges to each other, as words too; these slots take turns, as without exchanges nothing else
-//            keeps neighbours in step: who sends the rows of the segment after next has received the next one's, which
-//            its neighbour sent when it had taken these.
+//            keeps neighbours in step: who sends the rows of the unit after next has received the next one's, which its
+//            neighbour sent when it had taken these.
 // Needs:     all blocks resident at once: a cooperative launch. Without exchanges whole images need nothing.
 // Shared:    map pixels * resident channels; one segment's weights n * (k + s) + 9 * k * k + k * s, fetched ahead;
 //            hidden activations (or their gradients) with a border, in their last form as operands. Values of 2 bytes,
 //            of 4 for TF32. Channels that find no room are streamed from a copy of the block's own in global memory,
 //            which L2 holds.
 // Ring:      a segment's weights that are too many for that (k 80: 122 kB and 160 bytes a channel) come from L2 through
-//            three slots of 64 of depth (10 kB; transposed, 64 channels: 12 kB; of TF32 32: 10 kB), in the order in
-//            which they are multiplied, across products and segments: so two slots are on their way while one is
-//            multiplied, and during waits. The project's, which are few, lie ready. A barrier a slot; as it is also one
-//            behind whatever the slots before were read for, copies of tables and of the project's weights travel with
-//            slots.
-//
-// Units are numbered through all segments, and so are epochs of words; where a layer has one in each, they are
-// segments.
+//            three slots of 64 of depth (10 kB; transposed, 64 channels: 12 kB; of TF32 32: 10 kB; k 112: 20 kB), in
+//            the order in which they are multiplied, across products and segments: so two slots are on their way while
+//            one is multiplied, and during waits. The project's, which are few, lie ready. A barrier a slot; as it is
+//            also one behind whatever the slots before were read for, copies of tables and of the project's weights
+//            travel with slots.
+// Units:     are numbered through all segments, as epochs of words are; of one in each the numbers are the segments'.
 //
 // k and s of one template: KT and ST tiles of 8 channels. How lanes hold values: registers.cuh.
 #pragma once
