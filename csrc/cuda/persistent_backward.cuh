@@ -248,7 +248,7 @@ class BackwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams
   GUNN_DEVICE void spread_steps(const Packed<RP>& dz, int segment, int from, int to, int first_late,
                                 int last_late) const {
     GUNN_ROLLED
-    for (int step = from; step < to; ++step) {
+    for (int step = from; step < to && !this->is_idle(); ++step) {
       if (step < first_late || step > last_late) spread_step(dz, segment, step);
     }
   }

@@ -202,7 +202,7 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
       reduce_ahead(sums, from, to, [&](int step) { return step < first_late || step > last_late; });
     } else {
       GUNN_ROLLED
-      for (int step = from; step < to; ++step) {
+      for (int step = from; step < to && !this->is_idle(); ++step) {
         if (step < first_late || step > last_late) reduce_step(sums, step);
       }
     }
@@ -213,7 +213,7 @@ class ForwardBlock : protected PixelBlock<Precision, KT, ST, WARPS, MT, streams,
                    [&](int step) { return step >= first; });
     } else {
       GUNN_ROLLED
-      for (int step = first; step <= last; ++step) reduce_step(sums, step);
+      for (int step = first; step <= last && !this->is_idle(); ++step) reduce_step(sums, step);
     }
   }
   template <class Wanted>

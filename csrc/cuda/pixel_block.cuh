@@ -216,8 +216,10 @@ class PixelBlock {
   // As ChainLayout has them.
   static constexpr int kHiddenStride = (KP | 1) * kPiece, kChunk = 4 * kPiece;
   static constexpr int kSlot = kSlotSteps * kStep * (transposed ? (8 * RT + kChunk - 1) / kChunk * kChunk : 8 * RT);
-  static constexpr int kSlotChannels = kSlotSteps * kStep;           // of the transposed reduce
-  static constexpr int kStepsAhead = MT * RT > 32 ? 2 : kSlotSteps;  // more would not fit beside so many sums
+  static constexpr int kSlotChannels = kSlotSteps * kStep;  // of the transposed reduce
+  // Beside many sums registers are short. In turns what is asked for ahead comes from memory, else from L2.
+  static constexpr bool kManySums = MT * RT > 32;
+  static constexpr int kStepsAhead = MT * RT > (turns ? 32 : 16) ? 2 : kSlotSteps;
   template <int tiles>
   using Sums = float[MT][tiles][4];
   template <int pieces>
@@ -457,7 +459,8 @@ class PixelBlock {
   GUNN_DEVICE void each_step(int from, int to, const Work& work) {
     uint32_t bits[kStepsAhead][MT][4] = {};
     const auto load = [&](int j, int step) {
-      if (step < to) each_register(step, [&](int mt, int r, const uint32_t* from) { bits[j][mt][r] = *from; });
+      if (step >= to || is_idle()) return;
+      each_register(step, [&](int mt, int r, const uint32_t* from) { bits[j][mt][r] = *from; });
     };
     GUNN_UNROLL
     for (int j = 0; j < kStepsAhead; ++j) load(j, from + j);
@@ -467,7 +470,7 @@ class PixelBlock {
       if constexpr (kRing) slot = next_slot();
       GUNN_UNROLL
       for (int j = 0; j < kSlotSteps; ++j) {
-        if (first + j < to) work(first + j, bits[j % kStepsAhead], slot, j);
+        if (first + j < to && !is_idle()) work(first + j, bits[j % kStepsAhead], slot, j);
         load(j % kStepsAhead, first + j + kStepsAhead);
       }
     }
@@ -535,6 +538,8 @@ class PixelBlock {
   // ---- The hidden activations: the image with a border of one pixel
 
   GUNN_DEVICE int first_row(int mt) const { return (warp_ * MT + mt) * 16; }
+  // Whether none of the warp's pixels are the band's: it takes part in barriers, not in products.
+  GUNN_DEVICE bool is_idle() const { return !kManySums && first_row(0) >= count_; }
   // Calls visit(fragment, which half of it, pixel) for the two rows of each fragment that the lane has values of.
   template <class Visit>
   GUNN_DEVICE void each_row(const Visit& visit) const {
@@ -635,6 +640,7 @@ class PixelBlock {
       GUNN_ROLLED
       for (int slot = 0; slot < kSpatialSlots; ++slot) {
         const Storage* from = next_slot();
+        if (is_idle()) continue;
         GUNN_UNROLL
         for (int j = 0; j < kSlotSteps; ++j) {
           if (kSlotSteps * slot + j >= kSpatialSteps) break;
@@ -645,7 +651,7 @@ class PixelBlock {
       }
     } else {
       GUNN_ROLLED
-      for (int step = 0; step < kSpatialSteps; ++step) {
+      for (int step = 0; step < kSpatialSteps && !is_idle(); ++step) {
         uint32_t a[MT][4];
         load(a, step);
         multiply<KT, (kSpatialSteps + 1) / 2>(sums, a, weights(Kind::spatial), step);
@@ -655,6 +661,7 @@ class PixelBlock {
   // A product whose operand is in registers: `values` are sums of another, rounded, and at once fragments of pixels.
   template <int in, int out>
   GUNN_DEVICE void project_steps(const Packed<in>& values, Sums<out>& sums) const {
+    if (is_idle()) return;
     GUNN_UNROLL
     for (int step = 0; step < (in + 1) / 2; ++step) {
       const int lane = pinned(lane_);

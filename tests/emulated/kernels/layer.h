@@ -526,7 +526,7 @@ const std::vector<std::pair<const char*, Setup>>& ring_setups() {
 // k 112, s 40, and a second unit.
 inline const std::vector<std::pair<const char*, Setup>>& unit_setups() {
   static const std::vector<std::pair<const char*, Setup>> all = {
-      {"persistent_units", on(2, {{1, 72, 1, 40, 2, 3, 2, true, true}})},
+      {"persistent_units", on(2, {{1, 108, 1, 40, 3, 3, 2, true, true}})},
   };
   return all;
 }
