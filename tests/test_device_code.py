@@ -10,7 +10,7 @@ from device_code import DTYPES, HOT, LARGE, PERSISTENT, PRODUCTS
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 ON_TENSOR_CORES = ("bfloat16", "float16", "tensor_float32")
-OLDER = [("bfloat16", "80"), ("bfloat16", "89"), ("tensor_float32", "80")]
+OLDER = [("bfloat16", "80"), ("bfloat16", "89"), ("tensor_float32", "80"), ("tensor_float32", "89")]
 
 
 @pytest.fixture(scope="module")
